@@ -1,0 +1,1546 @@
+"""Networks, data and the chores around a run: everything a paper's methods section would not mention.
+
+Read a method script (`nd.py`) first; it imports what it needs from here by name. In order:
+
+  errors and exit codes      UserError, run_program
+  networks                   build_model, load_weights, fold_batchnorm, model_names
+  data                       load_data (CIFAR, SVHN, STL-10, image trees, the drawn `shapes`)
+  the teacher                get_teacher: load it, or train it first and keep it
+  files of a run             Run (resume, metrics, result), Meter (loss terms, progress line)
+  command line               add_run_arguments, check_arguments, launch (--seeds, --compare)
+
+`python common.py results/*.json` prints the table of those runs: n, mean and spread.
+"""
+
+import argparse
+import contextlib
+import copy
+import difflib
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------
+# Errors and exit codes
+# ---------------------------------------------------------------------------------------------
+
+
+class UserError(ValueError):
+    """Something the user can mend: one line that names the flag or file and says what to do."""
+
+
+class Stopped(BaseException):
+    """A signal asked the program to end."""
+
+
+def _on_signal(number, _frame):
+    raise Stopped(number)
+
+
+def run_program(program, argv: list[str] | None = None) -> int:
+    """Call `program(argv)` and turn how it ends into an exit status.
+
+    0: done. 2: bad input, one `error:` line on stderr. 128 + n: ended by signal n; what was saved
+    stays whole, because files are only ever replaced by complete ones.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _on_signal)
+    try:
+        program(argv)
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("error: out of device memory: lower --batch-size", file=sys.stderr)
+        return 2
+    except Stopped as stop:
+        print(f"\nstopped by signal {stop.args[0]}; --resume goes on from here", file=sys.stderr)
+        return 128 + stop.args[0]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line that begins `error:`, and no abbreviated flags."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists every flag)")
+
+
+# ---------------------------------------------------------------------------------------------
+# Networks: the 22 of the RepDistiller zoo for 32-pixel images
+#
+# Attribute names are those of the published checkpoints, so that their state dicts load key for
+# key. Every block returns its value BEFORE the last ReLU and the network applies it, because some
+# methods (ReviewKD) compare that value. Every network ends in a global average pool.
+# ---------------------------------------------------------------------------------------------
+
+
+class Features(NamedTuple):
+    """What a network saw on the way.
+
+    embedding: [B,D], the input of the classifier. maps: the stage outputs from shallow to deep,
+    each [B,C,H,W]. preact: the same before the activation, where the family has one there.
+    """
+
+    embedding: Tensor
+    maps: list[Tensor]
+    preact: list[Tensor]
+
+
+def _conv(c_in, c_out, size, stride=1, groups=1):
+    return nn.Conv2d(c_in, c_out, size, stride, size // 2, groups=groups, bias=False)
+
+
+def _pool(x):
+    return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+def _init_he(net):
+    """He initialisation, fan-out, of every convolution: what the zoo's ResNets, WRNs, VGGs use."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class BasicBlock(nn.Module):
+    shortcut_name, head_name, expansion = "downsample", "fc", 1
+
+    def __init__(self, c_in, width, stride):
+        super().__init__()
+        self.conv1, self.bn1 = _conv(c_in, width, 3, stride), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = _conv(width, width, 3), nn.BatchNorm2d(width)
+        _add_shortcut(self, c_in, width, stride)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(out)) + getattr(self, self.shortcut_name)(x)
+
+
+class Bottleneck(nn.Module):
+    shortcut_name, head_name, expansion = "shortcut", "linear", 4
+
+    def __init__(self, c_in, width, stride):
+        super().__init__()
+        mid = width // self.expansion
+        self.conv1, self.bn1 = _conv(c_in, mid, 1), nn.BatchNorm2d(mid)
+        self.conv2, self.bn2 = _conv(mid, mid, 3, stride), nn.BatchNorm2d(mid)
+        self.conv3, self.bn3 = _conv(mid, width, 1), nn.BatchNorm2d(width)
+        _add_shortcut(self, c_in, width, stride)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return self.bn3(self.conv3(out)) + getattr(self, self.shortcut_name)(x)
+
+
+def _add_shortcut(block, c_in, c_out, stride):
+    """The identity where shapes agree, else a 1x1 convolution with BatchNorm ("option B")."""
+    shortcut = nn.Sequential()
+    if stride != 1 or c_in != c_out:
+        shortcut = nn.Sequential(_conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
+    setattr(block, block.shortcut_name, shortcut)
+
+
+def _shuffle(x, groups):
+    """Channel shuffle: interleave the channels of the groups."""
+    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+class ShuffleUnitV1(nn.Module):
+    head_name = "linear"
+
+    def __init__(self, c_in, width, stride):
+        super().__init__()
+        self.stride = stride
+        c_out = width - c_in if stride == 2 else width  # at stride 2 the input is concatenated
+        mid = c_out // 4
+        self.groups = 1 if c_in == 24 else 3  # the stem's 24 channels are not grouped
+        self.conv1, self.bn1 = _conv(c_in, mid, 1, groups=self.groups), nn.BatchNorm2d(mid)
+        self.conv2, self.bn2 = _conv(mid, mid, 3, stride, groups=mid), nn.BatchNorm2d(mid)
+        self.conv3, self.bn3 = _conv(mid, c_out, 1, groups=3), nn.BatchNorm2d(c_out)
+
+    def forward(self, x):
+        out = _shuffle(F.relu(self.bn1(self.conv1(x))), self.groups)
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        if self.stride == 2:
+            return torch.cat([out, F.avg_pool2d(x, 3, 2, 1)], 1)
+        return out + x
+
+
+class StageNet(nn.Module):
+    """Stem, stages of one kind of block, classifier: all ResNets and ShuffleNet v1."""
+
+    def __init__(self, block, counts, widths, strides, stem, num_classes):
+        super().__init__()
+        stem_size = 1 if block is ShuffleUnitV1 else 3
+        self.conv1, self.bn1 = _conv(3, stem, stem_size), nn.BatchNorm2d(stem)
+        self.num_stages, self.head_name, c_in = len(counts), block.head_name, stem
+        for stage, (count, width, stride) in enumerate(zip(counts, widths, strides), 1):
+            blocks = [block(c_in, width, stride)]
+            blocks += [block(width, width, 1) for _ in range(count - 1)]
+            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+            c_in = width
+        setattr(self, self.head_name, nn.Linear(c_in, num_classes))
+        if block is not ShuffleUnitV1:
+            _init_he(self)
+
+    def forward(self, x, return_features=False):
+        x = F.relu(self.bn1(self.conv1(x)))
+        maps, preact = [], []
+        for stage in range(1, self.num_stages + 1):
+            for block in getattr(self, f"layer{stage}"):
+                before = block(x)
+                x = F.relu(before)
+            maps.append(x)
+            preact.append(before)
+        embedding = _pool(x)
+        logits = getattr(self, self.head_name)(embedding)
+        return (logits, Features(embedding, maps, preact)) if return_features else logits
+
+
+class WideUnit(nn.Module):
+    """Pre-activation unit: takes the running sum x and relu(bn1(x)), returns the new sum."""
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), _conv(c_in, c_out, 3, stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(c_out), _conv(c_out, c_out, 3)
+        if c_in != c_out:
+            self.convShortcut = _conv(c_in, c_out, 1, stride)  # bare, on the activated input
+        self.same_width = c_in == c_out
+
+    def forward(self, x, activated):
+        out = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        return out + (x if self.same_width else self.convShortcut(activated))
+
+
+class WideGroup(nn.Module):  # only there for the published key names, `block1.layer.0...`
+    def __init__(self, units):
+        super().__init__()
+        self.layer = nn.Sequential(*units)
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-k. The map of a stage is its sum; `preact` is that sum after the next BatchNorm."""
+
+    def __init__(self, depth, k, num_classes):
+        super().__init__()
+        self.conv1, c_in = _conv(3, 16, 3), 16
+        for stage, (width, stride) in enumerate(((16 * k, 1), (32 * k, 2), (64 * k, 2)), 1):
+            units = [WideUnit(c_in, width, stride)]
+            units += [WideUnit(width, width, 1) for _ in range((depth - 4) // 6 - 1)]
+            setattr(self, f"block{stage}", WideGroup(units))
+            c_in = width
+        self.bn1 = nn.BatchNorm2d(c_in)
+        self.fc = nn.Linear(c_in, num_classes)
+        _init_he(self)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x, return_features=False):
+        x = self.conv1(x)
+        maps, preact = [], []
+        for stage, group in enumerate((self.block1, self.block2, self.block3)):
+            for i, unit in enumerate(group.layer):
+                normed = unit.bn1(x)
+                if stage > 0 and i == 0:
+                    preact.append(normed)
+                x = unit(x, F.relu(normed))
+            maps.append(x)
+        preact.append(self.bn1(x))
+        embedding = _pool(F.relu(preact[-1]))
+        logits = self.fc(embedding)
+        return (logits, Features(embedding, maps, preact)) if return_features else logits
+
+
+class VGG(nn.Module):
+    """VGG with BatchNorm and one linear classifier; no pooling after the fourth block."""
+
+    def __init__(self, convs_per_block, num_classes):
+        super().__init__()
+        c_in = 3
+        for i, (count, width) in enumerate(zip(convs_per_block, (64, 128, 256, 512, 512))):
+            layers = []
+            for _ in range(count):
+                layers += [nn.Conv2d(c_in, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+                c_in = width
+            setattr(
+                self, f"block{i}", nn.Sequential(*layers[:-1])
+            )  # the last ReLU is applied below
+        self.classifier = nn.Linear(512, num_classes)
+        _init_he(self)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, x, return_features=False):
+        maps, preact = [], []
+        for i in range(5):
+            before = getattr(self, f"block{i}")(x)
+            x = F.relu(before)
+            maps.append(x)
+            preact.append(before)
+            if i < 3:
+                x = F.max_pool2d(x, 2)
+        embedding = _pool(x)
+        logits = self.classifier(embedding)
+        # The zoo counts the first block as the stem, so the stages are the other four.
+        return (logits, Features(embedding, maps[1:], preact[1:])) if return_features else logits
+
+
+class InvertedResidual(nn.Module):
+    def __init__(self, c_in, c_out, stride, expansion):
+        super().__init__()
+        mid = c_in * expansion
+        self.conv = nn.Sequential(
+            *(_conv(c_in, mid, 1), nn.BatchNorm2d(mid), nn.ReLU()),
+            *(_conv(mid, mid, 3, stride, groups=mid), nn.BatchNorm2d(mid), nn.ReLU()),
+            *(_conv(mid, c_out, 1), nn.BatchNorm2d(c_out)),
+        )
+        self.residual = stride == 1 and c_in == c_out
+
+    def forward(self, x):
+        return self.conv(x) + x if self.residual else self.conv(x)
+
+
+class MobileNetV2(nn.Module):
+    """Half width ("mobile_half"), plain ReLU; its stage outputs are linear: maps == preact."""
+
+    groups = ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2))
+    groups += ((6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1))  # expansion, width, repeats, stride
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv1 = nn.Sequential(_conv(3, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU())
+        blocks, c_in = [], 16
+        for expansion, width, repeats, stride in self.groups:
+            group = [InvertedResidual(c_in, width, stride, expansion)]
+            group += [InvertedResidual(width, width, 1, expansion) for _ in range(repeats - 1)]
+            blocks.append(nn.Sequential(*group))
+            c_in = width
+        self.blocks = nn.ModuleList(blocks)
+        self.conv2 = nn.Sequential(_conv(c_in, 1280, 1), nn.BatchNorm2d(1280), nn.ReLU())
+        self.classifier = nn.Sequential(nn.Linear(1280, num_classes))
+        _init_he(self)
+        nn.init.normal_(self.classifier[0].weight, std=0.01)
+        nn.init.zeros_(self.classifier[0].bias)
+
+    def forward(self, x, return_features=False):
+        x = self.conv1(x)
+        outputs = []
+        for block in self.blocks:
+            x = block(x)
+            outputs.append(x)
+        embedding = _pool(self.conv2(x))
+        logits = self.classifier(embedding)
+        maps = [outputs[i] for i in (1, 2, 4, 6)]
+        return (logits, Features(embedding, maps, maps)) if return_features else logits
+
+
+class ShuffleUnitV2(nn.Module):
+    """Half the channels pass through untouched; the shuffle mixes the halves."""
+
+    def __init__(self, width):
+        super().__init__()
+        half = width // 2
+        self.conv1, self.bn1 = _conv(half, half, 1), nn.BatchNorm2d(half)
+        self.conv2, self.bn2 = _conv(half, half, 3, groups=half), nn.BatchNorm2d(half)
+        self.conv3, self.bn3 = _conv(half, half, 1), nn.BatchNorm2d(half)
+
+    def forward(self, x):
+        kept, out = x.chunk(2, 1)
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(out)))))
+        out = F.relu(self.bn3(self.conv3(out)))
+        return _shuffle(torch.cat([kept, out], 1), 2)
+
+
+class ShuffleDownV2(nn.Module):
+    """Stride 2: both branches see the whole input (1, 2: left; 3, 4, 5: right)."""
+
+    def __init__(self, c_in, width):
+        super().__init__()
+        half = width // 2
+        self.conv1, self.bn1 = _conv(c_in, c_in, 3, 2, groups=c_in), nn.BatchNorm2d(c_in)
+        self.conv2, self.bn2 = _conv(c_in, half, 1), nn.BatchNorm2d(half)
+        self.conv3, self.bn3 = _conv(c_in, half, 1), nn.BatchNorm2d(half)
+        self.conv4, self.bn4 = _conv(half, half, 3, 2, groups=half), nn.BatchNorm2d(half)
+        self.conv5, self.bn5 = _conv(half, half, 1), nn.BatchNorm2d(half)
+
+    def forward(self, x):
+        left = F.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
+        right = self.bn4(self.conv4(F.relu(self.bn3(self.conv3(x)))))
+        right = F.relu(self.bn5(self.conv5(right)))
+        return _shuffle(torch.cat([left, right], 1), 2)
+
+
+class ShuffleV2(nn.Module):
+    """Width 1. Its units activate before they shuffle, so maps stand in for preact."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv1, self.bn1, c_in = _conv(3, 24, 1), nn.BatchNorm2d(24), 24
+        for stage, (width, repeats) in enumerate(((116, 3), (232, 7), (464, 3)), 1):
+            units = [ShuffleDownV2(c_in, width)] + [ShuffleUnitV2(width) for _ in range(repeats)]
+            setattr(self, f"layer{stage}", nn.Sequential(*units))
+            c_in = width
+        self.conv2, self.bn2 = _conv(464, 1024, 1), nn.BatchNorm2d(1024)
+        self.linear = nn.Linear(1024, num_classes)
+
+    def forward(self, x, return_features=False):
+        x = F.relu(self.bn1(self.conv1(x)))
+        maps = []
+        for layer in (self.layer1, self.layer2, self.layer3):
+            x = layer(x)
+            maps.append(x)
+        embedding = _pool(F.relu(self.bn2(self.conv2(x))))
+        logits = self.linear(embedding)
+        return (logits, Features(embedding, maps, maps)) if return_features else logits
+
+
+def _resnet(depth, stem, widths):
+    count = (depth - 2) // 6
+    return lambda k: StageNet(BasicBlock, [count] * 3, widths, (1, 2, 2), stem, k)
+
+
+def _wrn(depth, width):
+    return lambda k: WideResNet(depth, width, k)
+
+
+def _vgg(*convs_per_block):
+    return lambda k: VGG(convs_per_block, k)
+
+
+ZOO = {  # name -> constructor of the number of classes
+    **{f"resnet{d}": _resnet(d, 16, (16, 32, 64)) for d in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{d}x4": _resnet(d, 32, (64, 128, 256)) for d in (8, 32)},
+    **{f"wrn_{d}_{k}": _wrn(d, k) for d in (16, 40) for k in (1, 2)},
+    "ResNet50": lambda k: StageNet(
+        Bottleneck, (3, 4, 6, 3), (256, 512, 1024, 2048), (1, 2, 2, 2), 64, k
+    ),
+    "vgg8": _vgg(1, 1, 1, 1, 1),
+    "vgg11": _vgg(1, 1, 2, 2, 2),
+    "vgg13": _vgg(2, 2, 2, 2, 2),
+    "vgg16": _vgg(2, 2, 3, 3, 3),
+    "vgg19": _vgg(2, 2, 4, 4, 4),
+    "MobileNetV2": MobileNetV2,
+    "ShuffleV1": lambda k: StageNet(ShuffleUnitV1, (4, 8, 4), (240, 480, 960), (2, 2, 2), 24, k),
+    "ShuffleV2": ShuffleV2,
+}
+
+
+def model_names() -> list[str]:
+    """Every name `build_model` takes: the zoo's first, then torchvision's classifiers."""
+    names = torchvision.models.list_models(module=torchvision.models)
+    # squeezenet classifies by a convolution: it has no embedding. vgg11, 13, 16, 19: the zoo's.
+    return [*ZOO, *(n for n in names if n not in ZOO and not n.startswith("squeezenet"))]
+
+
+def build_model(name: str, num_classes: int, pretrained: bool = False) -> nn.Module:
+    """A network by name, one of `model_names()`.
+
+    `model(x)` is logits [B,K]; `model(x, return_features=True)` is `(logits, Features)`. State
+    dicts are those of RepDistiller or of torchvision. `pretrained`: torchvision's ImageNet weights
+    (downloaded), with a new classifier unless there are 1,000 classes. UserError: unknown name.
+    """
+    if name in ZOO:
+        if pretrained:
+            raise UserError(f"{name} has no pretrained weights to download: give a checkpoint")
+        return ZOO[name](num_classes)
+    if name not in model_names():
+        raise UserError(f"unknown model '{name}'{nearest(name, model_names())}")
+    options = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    if not pretrained:
+        options["num_classes"] = num_classes
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on how to initialise googlenet faster
+        try:
+            weights = "DEFAULT" if pretrained else None
+            net = torchvision.models.get_model(name, weights=weights, **options)
+        except OSError as error:
+            raise UserError(f"cannot download the weights of {name}: {error}") from None
+    return _with_features(net, num_classes)
+
+
+def _with_features(net, num_classes):
+    """Give a torchvision classifier the `return_features` argument; its state dict stays as it is.
+
+    The embedding is the input of the last linear layer. The maps are the outputs of `layer1..4`
+    where there are such, else the last output at each resolution among the children of `features`.
+    """
+    head_path = [n for n, m in net.named_modules() if isinstance(m, nn.Linear)][-1]
+    head = net.get_submodule(head_path)
+    if head.out_features != num_classes:
+        parent, _, leaf = head_path.rpartition(".")
+        head = nn.Linear(head.in_features, num_classes)
+        setattr(net.get_submodule(parent), leaf, head)
+    stages = [n for n, _ in net.named_children() if re.fullmatch(r"layer\d", n)]
+    children = getattr(net, "features", nn.Sequential()).named_children()
+    taps = stages or [f"features.{name}" for name, _ in children]
+    channels_last = type(net).__name__ == "SwinTransformer"
+
+    class WithFeatures(type(net)):
+        def forward(self, x, return_features=False):
+            if not return_features:
+                return super().forward(x)
+            seen, maps = [], []
+            hooks = [  # modules are looked up here, so that a deep copy hooks its own
+                self.get_submodule(head_path).register_forward_pre_hook(
+                    lambda _module, inputs: seen.append(inputs[0])
+                )
+            ]
+            for tap in taps:
+                hooks.append(
+                    self.get_submodule(tap).register_forward_hook(
+                        lambda _module, _inputs, out: maps.append(out)
+                    )
+                )
+            try:
+                logits = super().forward(x)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            maps = [m.permute(0, 3, 1, 2) if channels_last else m for m in maps if m.dim() == 4]
+            if not stages:
+                maps = list({m.shape[-1]: m for m in maps}.values())
+            return logits, Features(seen[-1], maps, maps)
+
+    net.__class__ = WithFeatures
+    return net
+
+
+def nearest(word: str, words: list[str]) -> str:
+    close = difflib.get_close_matches(word, words, 3, 0.4)
+    return f": did you mean {', '.join(close)}?" if close else f": one of {', '.join(words[:30])}"
+
+
+def read_checkpoint(path: str | Path):
+    """`torch.load` that runs no code from the file. UserError: missing, torn, or not weights."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+            raise UserError(
+                f"{path}: holds Python objects besides tensors, which loading would run as code;"
+                " save its state dict alone"
+            ) from None
+        raise UserError(f"{path}: not a checkpoint, or a damaged one; get it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except Exception:  # torch.load names no set of errors for a torn file
+        raise UserError(f"{path}: half-written or not a checkpoint; get it again") from None
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a checkpoint into `model`, strictly, running no code from the file.
+
+    Takes a plain state dict, or a dict that holds one under `model`, `state_dict` or `student`;
+    `module.` prefixes are dropped; BatchNorm's `num_batches_tracked` may be missing (old files).
+    UserError: no such file, half-written, another architecture, another number of classes.
+    """
+    state = read_checkpoint(path)
+    for key in ("model", "state_dict", "student"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not any(torch.is_tensor(v) for v in state.values()):
+        raise UserError(f"{path}: holds no state dict (looked under model, state_dict, student)")
+    state = {str(k).removeprefix("module."): v for k, v in state.items()}
+    wanted = model.state_dict()
+    for key in wanted.keys() - state.keys():
+        if key.endswith("num_batches_tracked"):
+            state[key] = wanted[key]
+    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing or extra:
+        which = f"lacks {missing[0]}" if missing else f"has {extra[0]} too"
+        raise UserError(
+            f"{path}: weights of another architecture: it {which}"
+            f" ({len(missing)} missing, {len(extra)} unexpected); name the network it was saved from"
+        )
+    for key, value in wanted.items():
+        if not torch.is_tensor(state[key]) or state[key].shape != value.shape:
+            raise UserError(
+                f"{path}: {key} is {list(getattr(state[key], 'shape', []))}, this network's is"
+                f" {list(value.shape)}: another architecture or number of classes"
+            )
+    model.load_state_dict(state)
+
+
+def state_hash(model: nn.Module) -> str:
+    """A name for these very weights: 16 hex digits over every tensor of the state dict."""
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def fold_batchnorm(model: nn.Module, example: Tensor) -> nn.Module:
+    """A frozen copy in eval mode, each BatchNorm folded into the convolution before it.
+
+    For inference only: w' = w * g / sqrt(v + eps), b' = (b - m) * g / sqrt(v + eps) + beta.
+    `example` [B,3,H,W] runs through the copy once. A convolution is folded only if the autograd
+    graph of that run shows that nothing but the BatchNorm reads its output.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(True)
+    makers, pairs = {}, []
+
+    def after_conv(conv, _inputs, output):
+        makers[output.grad_fn] = conv
+
+    def before_bn(bn, inputs):
+        pairs.append((inputs[0].grad_fn, bn))
+
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            hooks.append(module.register_forward_hook(after_conv))
+        elif isinstance(module, nn.BatchNorm2d):
+            hooks.append(module.register_forward_pre_hook(before_bn))
+    with torch.enable_grad():
+        stack = [model(example).sum().grad_fn]
+    for hook in hooks:
+        hook.remove()
+    readers, seen = {}, set(stack)
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            readers[node] = readers.get(node, 0) + 1
+            if node is not None and node not in seen:
+                seen.add(node)
+                stack.append(node)
+    names = {module: name for name, module in model.named_modules()}
+    for node, bn in pairs:
+        if node in makers and readers[node] == 1:
+            conv = makers[node]
+            fused = torch.nn.utils.fusion.fuse_conv_bn_eval(conv, bn)
+            for module, new in ((conv, fused), (bn, nn.Identity())):
+                parent, _, leaf = names[module].rpartition(".")
+                setattr(model.get_submodule(parent), leaf, new)
+    return model.requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------
+# Data: whole sets as uint8 on the device, augmented there in batches, no worker processes
+# ---------------------------------------------------------------------------------------------
+
+IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+STATS = {  # mean and standard deviation of the training pixels, R G B, as the field uses them
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
+    "folder": IMAGENET_STATS,
+    "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+}
+
+
+class Split(NamedTuple):
+    images: Tensor  # [N,S,S,3] uint8
+    labels: Tensor  # [N] int64
+
+
+class Data:
+    """A data set on the device. `batches` yields normalised images [B,3,S,S] and labels [B]."""
+
+    def __init__(self, name: str, train: Split, test: Split, classes: list[str], device):
+        self.name, self.classes, self.num_classes = name, classes, len(classes)
+        self.image_size = train.images.shape[1]
+        digest = hashlib.sha256()
+        for tensor in (*train, *test):
+            digest.update(tensor.contiguous().numpy())
+        self.fingerprint = digest.hexdigest()[:16]
+        self.train = Split(*(t.to(device) for t in train))
+        self.test = Split(*(t.to(device) for t in test))
+        self.device = device
+        mean, std = (torch.tensor(s, device=device).view(1, 3, 1, 1) for s in STATS[name])
+        self.mean, self.std = mean * 255, std * 255
+        self.pad = self.image_size // 8  # 4 at 32 pixels
+        self.may_flip = name != "svhn"  # a mirrored digit is another digit
+
+    def steps(self, batch_size: int) -> int:
+        """Batches in a shuffled pass."""
+        full, rest = divmod(len(self.train.labels), batch_size)
+        return full + (rest > 1)
+
+    def batches(self, split: str, batch_size: int, seed: int | None = None, augment: bool = False):
+        """One pass. With a seed the order is shuffled; the same seed gives the same batches.
+
+        augment: zero padding by an eighth and a random crop, and a flip with probability 1/2, each
+        image on its own. Everything random is drawn on the CPU at the start of the pass, so CPU
+        and GPU see the same batches. A last batch of one image is left out when shuffling, since
+        neither BatchNorm nor a loss between samples is defined on it.
+        """
+        images, labels = getattr(self, split)
+        count, size, pad = len(labels), self.image_size, self.pad
+        rng = torch.Generator().manual_seed(seed or 0)
+        order = torch.arange(count) if seed is None else torch.randperm(count, generator=rng)
+        shift = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=rng)
+        flip = (torch.rand(count, 1, generator=rng) < 0.5) & self.may_flip
+        grid = torch.arange(size)
+        rows = (shift[0] + grid).to(self.device, torch.int32)  # [N,S], in the padded image
+        cols = (shift[1] + torch.where(flip, size - 1 - grid, grid)).to(self.device, torch.int32)
+        order = order.to(self.device)
+        for start in range(0, count, batch_size):
+            pick = order[start : start + batch_size]
+            if seed is not None and len(pick) == 1:
+                break
+            x = images[pick]  # [B,S,S,3]
+            if augment:
+                x = F.pad(x, (0, 0, pad, pad, pad, pad))
+                here = torch.arange(start, start + len(pick), device=self.device)
+                which = torch.arange(len(pick), device=self.device)[:, None, None]
+                x = x[which, rows[here][:, :, None], cols[here][:, None, :]]
+            x = x.permute(0, 3, 1, 2).float()  # [B,3,S,S], channels last in memory
+            yield x.sub_(self.mean).div_(self.std), labels[pick]
+
+
+def load_data(args, device) -> Data:
+    """The data set that the command line asks for; kept, so that several runs load it once."""
+    key = (args.dataset, args.data_dir, args.image_size, args.train_size, str(device))
+    if key not in _LOADED:
+        _LOADED.clear()
+        _LOADED[key] = _load_data(args, device)
+    return _LOADED[key]
+
+
+_LOADED: dict = {}
+
+
+def _load_data(args, device):
+    size = args.image_size or 32
+    if args.dataset == "shapes":
+        train, test, classes = draw_shapes(5000, 0, size), draw_shapes(1000, 1, size), SHAPE_CLASSES
+    elif args.dataset == "folder":
+        train, test, classes = _read_trees(Path(args.data_dir), size, args.workers)
+    elif args.dataset == "cifar100" and (Path(args.data_dir) / "cifar100" / "train").is_dir():
+        train, test, classes = _read_trees(Path(args.data_dir) / "cifar100", size, args.workers)
+    else:
+        train, test, classes = _read_torchvision(args.dataset, args.data_dir, size)
+    if args.train_size:
+        train = _subset(train, args.train_size, len(classes))
+    return Data(args.dataset, train, test, classes, device)
+
+
+def _subset(split, count, num_classes):
+    """`count` images, the classes as even as they can be, the same for every seed."""
+    if not num_classes <= count <= len(split.labels):
+        raise UserError(
+            f"--train-size {count}: must be from {num_classes} (one a class) to"
+            f" {len(split.labels)} (all)"
+        )
+    order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(0))
+    rank = torch.empty_like(order)  # of an image within its class, in that order
+    for label in range(num_classes):
+        mine = order[split.labels[order] == label]
+        rank[mine] = torch.arange(len(mine))
+    keep = torch.argsort(rank, stable=True)[:count].sort().values
+    return Split(split.images[keep], split.labels[keep])
+
+
+def _read_torchvision(name, root, size):
+    sets, kwargs = torchvision.datasets, ({"train": True}, {"train": False})
+    kind = {"cifar100": sets.CIFAR100, "cifar10": sets.CIFAR10, "svhn": sets.SVHN}
+    if name in ("svhn", "stl10"):
+        kwargs = ({"split": "train"}, {"split": "test"})
+    wanted = {"cifar100": "cifar-100-python/", "cifar10": "cifar-10-batches-py/"}
+    wanted |= {"svhn": "train_32x32.mat and test_32x32.mat", "stl10": "stl10_binary/"}
+    splits = []
+    for options in kwargs:
+        try:
+            data = kind.get(name, sets.STL10)(root, download=True, **options)
+        except ImportError:
+            raise UserError(f"--dataset {name} needs scipy: pip install scipy") from None
+        except Exception as error:  # each set fails in its own way; none leaves usable data
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"--dataset {name}: cannot read or download it ({reason}); put {wanted[name]} under"
+                f" {root}/ or name another --data-dir; --dataset shapes needs no files"
+            ) from None
+        pixels = torch.as_tensor(np.asarray(data.data))
+        if name in ("svhn", "stl10"):
+            pixels = pixels.permute(0, 2, 3, 1)
+        labels = torch.as_tensor(
+            np.asarray(data.targets if hasattr(data, "targets") else data.labels)
+        )
+        splits.append(Split(_resize(pixels, size), labels.long()))
+    classes = getattr(data, "classes", [str(k) for k in range(10)])
+    return *splits, list(classes)
+
+
+def _resize(images, size):
+    if images.shape[1] == size:
+        return images.contiguous()
+    resized = []
+    for chunk in images.split(1000):  # [N,S,S,3] uint8
+        x = F.interpolate(
+            chunk.permute(0, 3, 1, 2).float(), (size, size), mode="bilinear", antialias=True
+        )
+        resized.append(x.round().clamp(0, 255).byte().permute(0, 2, 3, 1))
+    return torch.cat(resized).contiguous()
+
+
+def _read_trees(root, size, workers):
+    train_dir = root / "train"
+    test_dir = next((d for d in (root / "val", root / "test") if d.is_dir()), root / "val")
+    sets = []
+    for folder in (train_dir, test_dir):
+        if not folder.is_dir():
+            raise UserError(
+                f"--data-dir: no {folder}; wanted {root}/train/<class>/*.png and"
+                f" {root}/val/<class>/*.png (--dataset shapes needs no files)"
+            )
+        try:
+            sets.append(torchvision.datasets.ImageFolder(str(folder)))
+        except FileNotFoundError as error:  # no class folders, or one without images
+            raise UserError(f"{folder}: {str(error).splitlines()[0]}") from None
+    if sets[0].classes != sets[1].classes:
+        odd = sorted(set(sets[0].classes) ^ set(sets[1].classes))[0]
+        raise UserError(
+            f"{root}: class '{odd}' is in one of {train_dir.name}/ and"
+            f" {test_dir.name}/ only; every class needs images in both"
+        )
+    splits = [
+        _decoded(data.samples, size, workers, root / f".decoded-{folder.name}-{size}.pt")
+        for data, folder in zip(sets, (train_dir, test_dir))
+    ]
+    return *splits, sets[0].classes
+
+
+def _decoded(samples, size, workers, cache):
+    """Every image of a tree as one tensor: decoded once, then read from the cache beside the tree."""
+    need = len(samples) * size * size * 3
+    if need > 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise UserError(
+            f"--image-size {size}: {len(samples)} images take {need / 1e9:.0f} GB decoded, more than"
+            " half of this machine's memory; choose a smaller size"
+        )
+    listing = hashlib.sha256()
+    for path, label in samples:
+        stat = os.stat(path)
+        listing.update(f"{Path(path).name} {label} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    listing = listing.hexdigest()
+    if cache.is_file():
+        with contextlib.suppress(UserError):
+            saved = read_checkpoint(cache)
+            if isinstance(saved, dict) and saved.get("listing") == listing:
+                return Split(saved["images"], saved["labels"])
+    print(f"decoding {len(samples)} images, once: {cache}", flush=True)
+    images = torch.empty(len(samples), size, size, 3, dtype=torch.uint8)
+
+    def decode(i):
+        images[i] = torch.from_numpy(_decode(samples[i][0], size))
+
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        for _ in pool.map(decode, range(len(samples))):
+            pass
+    split = Split(images, torch.tensor([label for _, label in samples]))
+    try:
+        save_whole(cache, {"listing": listing, **split._asdict()})
+    except OSError as error:
+        print(f"note: not kept, so the next run decodes again: {error}", file=sys.stderr)
+    return split
+
+
+def _decode(path, size):
+    """Shorter side to `size`, centre square."""
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except Exception as error:  # Pillow raises many kinds for a damaged file
+        raise UserError(
+            f"{path}: cannot be read as an image ({error}); replace or remove it"
+        ) from None
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    return np.array(image)
+
+
+SHAPES = ("disc", "triangle", "square", "star", "cross", "ring")
+TEXTURES = ("plain", "stripes", "checks", "dots")
+SHAPE_CLASSES = [f"{texture}-{shape}" for shape in SHAPES for texture in TEXTURES]
+
+
+def draw_shapes(count: int, seed: int, size: int = 32) -> Split:
+    """The embedded data set: one textured shape an image, 24 classes (6 shapes x 4 textures).
+
+    Drawn by numpy, the same on every call with the same seed. Colour, place, size, rotation,
+    brightness gradient, clutter and noise vary. Labels are balanced.
+    """
+    rng = np.random.default_rng(seed)
+    angles = np.linspace(-np.pi, np.pi, 256, endpoint=False, dtype=np.float32)
+
+    def polygon(corners):
+        step = 2 * np.pi / corners
+        return np.cos(step / 2) / np.cos(np.mod(angles, step) - step / 2)
+
+    star = 0.7 + 0.3 * np.cos(5 * angles)
+    near = np.minimum(np.abs(np.cos(angles)), np.abs(np.sin(angles)))  # cross: bars of half-width
+    far = np.maximum(np.abs(np.cos(angles)), np.abs(np.sin(angles)))
+    cross = np.minimum(0.35 / np.maximum(near, 1e-3), 1 / far)
+    ones = np.ones_like(angles)
+    outlines = np.stack([ones, 1.2 * polygon(3), polygon(4), star, cross, ones]).astype(np.float32)
+    holes = np.array([0, 0, 0, 0, 0, 0.55], np.float32)
+
+    labels = rng.permutation(np.arange(count) % len(SHAPE_CLASSES))
+    images = np.empty((count, size, size, 3), np.uint8)
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1  # pixel centres in -1..1
+    for start in range(0, count, 500):  # in chunks that stay in the cache
+        label = labels[start : start + 500]
+        n = len(label)
+        shape, texture = label // len(TEXTURES), label % len(TEXTURES)
+
+        def uniform(low, high, *tail, n=n):
+            return rng.uniform(low, high, (n, *tail)).astype(np.float32)
+
+        # Background: two colours blended along a random direction.
+        turn = uniform(0, 2 * np.pi, 1, 1)
+        ramp = 0.5 + 0.35 * (np.cos(turn) * axis[:, None] + np.sin(turn) * axis)
+        first, second = uniform(0.1, 0.9, 1, 1, 3), uniform(0.1, 0.9, 1, 1, 3)
+        canvas = first + ramp[..., None] * (second - first)
+        # Clutter: bars across the image, behind the shape and (the last) in front of it.
+        bars = []
+        for _ in range(4):
+            turn, offset = uniform(0, np.pi, 1, 1), uniform(-0.9, 0.9, 1, 1)
+            distance = np.abs(np.cos(turn) * axis[:, None] + np.sin(turn) * axis - offset)
+            bars.append((distance < uniform(0.02, 0.09, 1, 1), uniform(0, 1, 1, 1, 3)))
+        for mask, colour in bars[:-1]:
+            canvas = np.where(mask[..., None], colour, canvas)
+        # The shape, in its own turned and scaled coordinates u, v.
+        radius, turn = uniform(0.3, 0.62, 1, 1), uniform(-np.pi, np.pi, 1, 1)
+        y = axis[:, None] - uniform(-0.35, 0.35, 1, 1)
+        x = axis - uniform(-0.35, 0.35, 1, 1)
+        u = (np.cos(turn) * x + np.sin(turn) * y) / radius
+        v = (np.cos(turn) * y - np.sin(turn) * x) / radius
+        rho = np.sqrt(u * u + v * v)
+        bin_ = ((np.arctan2(v, u) + np.pi) * (256 / (2 * np.pi))).astype(np.int32) % 256
+        inside = (rho < outlines[shape[:, None, None], bin_]) & (rho > holes[shape][:, None, None])
+        # Its texture: which of two colours a pixel has.
+        pitch = uniform(6, 9, 1, 1)
+        wave_u, wave_v = np.sin(pitch * u), np.sin(pitch * v)
+        kinds = np.stack([
+            np.zeros_like(inside), wave_u > 0, wave_u * wave_v > 0, wave_u + wave_v > 0.9
+        ])  # fmt: skip
+        second_colour = kinds[texture, np.arange(n)]
+        one = uniform(0, 1, 1, 1, 3)
+        other = np.mod(one + uniform(0.25, 0.75, 1, 1, 3), 1)
+        painted = np.where(second_colour[..., None], other, one)
+        canvas = np.where(inside[..., None], painted, canvas)
+        mask, colour = bars[-1]
+        canvas = np.where(mask[..., None], colour, canvas)
+        canvas += rng.standard_normal(canvas.shape, np.float32) * uniform(0.02, 0.12, 1, 1, 1)
+        images[start : start + n] = (canvas.clip(0, 1) * 255).astype(np.uint8)
+    return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Files: replaced whole or not at all
+# ---------------------------------------------------------------------------------------------
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write beside the target, sync, then rename over it: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_whole(path: Path, state) -> None:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def save_json(path: Path, value) -> None:
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+# Arguments that may differ between a run and its resumption: they do not change what is computed.
+FREE = {"resume", "out", "device", "workers", "compile", "compare", "seeds", "eval", "data_dir"}
+FREE |= {"script", "teacher_ckpt"}  # the teacher's weights are compared by their hash
+
+
+def lasting(args) -> dict:
+    """The arguments that decide what a run computes."""
+    return {k: v for k, v in vars(args).items() if k not in FREE}
+
+
+class Run:
+    """The folder of one run: `last.pt` to resume from, `metrics.jsonl`, `result.json`, `student.pt`."""
+
+    def __init__(self, args):
+        self.args, self.dir = args, Path(args.out)
+        self.last, self.history = self.dir / "last.pt", []
+        self.saved = None
+        wanted = lasting(args)
+        if self.last.exists() and args.resume:
+            self.saved = read_checkpoint(self.last)
+            if (
+                not isinstance(self.saved, dict)
+                or not {"args", "epoch", "state"} <= self.saved.keys()
+            ):
+                raise UserError(f"--resume: {self.last} was not written by this program")
+            changed = [k for k, v in wanted.items() if self.saved["args"].get(k) != v]
+            if changed:
+                raise UserError(
+                    f"--resume: {self.dir} was started with other values of "
+                    + ", ".join(f"{flag(k)} ({self.saved['args'].get(k)})" for k in changed)
+                    + "; give the same, or another --out"
+                )
+        elif args.resume and not _teacher_unfinished(args):
+            raise UserError(f"--resume: nothing to resume in {self.dir} (no last.pt)")
+        elif self.last.exists():
+            self._set_aside(wanted)
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.dir}: {error.strerror}") from None
+
+    def _set_aside(self, wanted):
+        """Never lose work: only a finished run of the same arguments is replaced."""
+        with contextlib.suppress(UserError):
+            if (self.dir / "result.json").exists() and read_checkpoint(self.last)["args"] == wanted:
+                (self.dir / "result.json").unlink()
+                return
+        number = 1
+        while (aside := self.dir.with_name(f"{self.dir.name}.old{number}")).exists():
+            number += 1
+        self.dir.rename(aside)
+        print(
+            f"note: {self.dir} held another or an unfinished run; kept as {aside}", file=sys.stderr
+        )
+
+    def restore(self, **objects) -> int:
+        """Load what `end_epoch` saved into the objects, and the random state; -> first epoch to do.
+
+        Of a fresh run it saves the start, so that there is always something whole to resume from.
+        """
+        if self.saved is None:
+            self._save(0, objects)
+            return 0
+        for name, value in objects.items():
+            if hasattr(value, "load_state_dict"):
+                value.load_state_dict(self.saved["state"][name])
+            elif value != self.saved["state"][name]:
+                raise UserError(
+                    f"--resume: the {name.replace('_', ' ')} is not that of {self.last}"
+                )
+        torch.set_rng_state(self.saved["rng"])
+        random.setstate(self.saved["python_rng"])
+        if self.saved["cuda_rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(self.saved["cuda_rng"])
+        self.history = self.saved["history"]
+        return self.saved["epoch"]
+
+    def _save(self, epoch, objects):
+        state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in objects.items()}
+        save_whole(
+            self.last,
+            {
+                "epoch": epoch,
+                "state": state,
+                "args": lasting(self.args),
+                "history": self.history,
+                "rng": torch.get_rng_state(),
+                "python_rng": random.getstate(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            },
+        )
+
+    def end_epoch(self, metrics: dict, **objects) -> None:
+        """Keep the epoch: its metrics line and everything needed to go on from here."""
+        for name, value in objects.items():
+            tensors = value.state_dict().values() if isinstance(value, nn.Module) else ()
+            if not all(bool(torch.isfinite(t).all()) for t in tensors):
+                raise UserError(
+                    f"weights of the {name} became infinite or nan in epoch {metrics['epoch']}:"
+                    f" lower --lr; {self.last} holds the end of the epoch before"
+                )
+        self.history.append(metrics)
+        self._save(metrics["epoch"], objects)
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        write_whole(self.dir / "metrics.jsonl", lines.encode())
+
+    def finish(self, student: nn.Module, **facts) -> dict:
+        """Write `student.pt` and `result.json`; -> the result."""
+        args = self.args
+        seconds = sum(line["seconds"] for line in self.history)
+        result = {
+            "method": args.method,
+            "dataset": args.dataset,
+            "teacher": args.teacher,
+            "student": args.student,
+            "seed": args.seed,
+            "epochs": args.epochs,
+            **facts,
+            "student_top1": self.history[-1]["test_top1"],
+            "seconds": round(seconds, 3),
+            "images_per_second": round(
+                sum(line["images_per_second"] * line["seconds"] for line in self.history) / seconds,
+                1,
+            ),
+            "peak_memory_mb": peak_memory_mb(),
+            "script": f"{args.script}.py",
+            "argv": sys.argv[1:],
+            "args": {
+                k: v for k, v in vars(args).items() if k not in ("resume", "compare", "seeds")
+            },
+            "commit": _commit(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+                "numpy": np.__version__,
+            },
+            "device": device_name(args.device),
+        }
+        save_whole(self.dir / "student.pt", {k: v.cpu() for k, v in student.state_dict().items()})
+        save_json(self.dir / "result.json", result)
+        return result
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def peak_memory_mb() -> int:
+    """Of the GPU's allocator where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() // 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
+
+
+def device_name(device: str) -> str:
+    if pick_device(device).type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _commit():
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class Meter:
+    """Running sums of one epoch, kept on the device; the live line; the watch for nan."""
+
+    def __init__(self, epoch: int, epochs: int, images_per_epoch: int):
+        self.epoch, self.epochs, self.total = epoch, epochs, images_per_epoch
+        self.images, self.sums, self.bad, self.names = 0, 0, None, ()
+        self.start = self.shown = time.perf_counter()
+        self.live = sys.stdout.isatty()
+
+    def add(self, logits: Tensor, labels: Tensor, **terms) -> None:
+        """One step: a loss term is a 0-dim tensor, or 0.0 where it is switched off."""
+        self.names = tuple(terms)
+        with torch.no_grad():
+            values = [
+                torch.as_tensor(v, dtype=torch.float32, device=logits.device)
+                for v in terms.values()
+            ]
+            values = torch.stack(values)
+            broken = ~torch.isfinite(values)
+            # Which terms were the first to break; later ones break because the weights did.
+            self.bad = broken if self.bad is None else torch.where(self.bad.any(), self.bad, broken)
+            correct = (logits.argmax(1) == labels).sum().float()
+            self.sums = self.sums + torch.cat([values * len(labels), correct[None]]).double()
+        self.images += len(labels)
+        now = time.perf_counter()
+        if now - self.shown > 0.5:  # reading a value waits for the device: not at every step
+            self.shown = now
+            self.check()
+            if self.live:
+                print("\r" + self._line() + "\x1b[K", end="", flush=True)
+
+    def check(self):
+        if self.bad is not None and bool(self.bad.any()):
+            names = [name for name, bad in zip(self.names, self.bad.tolist()) if bad]
+            raise UserError(
+                f"the loss term {' and '.join(names)} became infinite or nan in epoch"
+                f" {self.epoch + 1}: lower --lr or the term's weight; last.pt holds the end of the"
+                " epoch before"
+            )
+
+    def _means(self):
+        sums = (self.sums / self.images).tolist()
+        return dict(zip(self.names, sums)), 100 * sums[-1]
+
+    def _line(self):
+        elapsed = time.perf_counter() - self.start
+        rate = self.images / elapsed
+        left = (self.total * (self.epochs - self.epoch) - self.images) / rate
+        terms, top1 = self._means()
+        return (
+            f"epoch {self.epoch + 1:3d}/{self.epochs}  "
+            + "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
+            + f"  train {top1:5.2f} %  {rate:6.0f} images/s  {_clock(left)} left"
+        )
+
+    def close(self) -> dict:
+        """-> the epoch's means, train top-1 in %, seconds and images/s."""
+        self.check()
+        seconds = time.perf_counter() - self.start
+        terms, top1 = self._means()
+        return {
+            "epoch": self.epoch + 1,
+            **{name: round(value, 5) for name, value in terms.items()},
+            "train_top1": round(top1, 3),
+            "seconds": round(seconds, 3),
+            "images_per_second": round(self.images / seconds, 1),
+        }
+
+    def report(self, metrics: dict) -> None:
+        end = f"  test {metrics['test_top1']:5.2f} %  lr {metrics['lr']:.4g}"
+        print(
+            ("\r" if self.live else "") + self._line() + end + ("\x1b[K" if self.live else ""),
+            flush=True,
+        )
+
+
+def _clock(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+# ---------------------------------------------------------------------------------------------
+# The teacher, and evaluation
+# ---------------------------------------------------------------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu or auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def autocast(args, device: torch.device):
+    """bfloat16 for convolutions and matrix products under --precision bf16; else nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, args) -> float:
+    """Top-1 on the test split, in %. Leaves the model in eval mode."""
+    model.eval()
+    correct = 0
+    for images, labels in data.batches("test", 500):
+        with autocast(args, data.device):
+            correct = correct + (model(images).argmax(1) == labels).sum()
+    return round(100 * int(correct) / len(data.test.labels), 3)
+
+
+@torch.no_grad()
+def probe(model: nn.Module, data: Data) -> Features:
+    """Its features of two test images, to learn widths and sizes from; the model stays unchanged."""
+    was_training = model.training
+    images = next(data.batches("test", 2))[0].to(next(model.parameters()).device)
+    try:
+        return model.eval()(images, return_features=True)[1]
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(
+            f"{type(model).__mro__[1].__name__} does not take {data.image_size}-pixel images"
+            f" ({str(error).splitlines()[0]}): choose another model or --image-size"
+        ) from None
+    finally:
+        model.train(was_training)
+
+
+class Teacher(NamedTuple):
+    net: nn.Module  # eval mode, frozen, BatchNorm folded
+    top1: float  # on the test split, %
+    hash: str  # of its weights
+
+
+_EVALUATED: dict = {}
+
+
+def get_teacher(args, data: Data, train) -> Teacher:
+    """The teacher named by --teacher: from --teacher-ckpt, else from `checkpoints/`, else trained.
+
+    `train(args)` is the calling script's own `main`: a teacher is a student without a teacher.
+    UserError: a checkpoint that does not fit, a --teacher-ckpt near chance, or a teacher in
+    `checkpoints/` that was trained in another way than this command asks for.
+    """
+    net = build_model(args.teacher, data.num_classes)
+    path = _teacher_file(args)
+    if not args.teacher_ckpt:
+        recipe = {
+            "network": args.teacher,
+            "dataset": args.dataset,
+            "data": data.fingerprint,
+            "images": len(data.train.labels),
+            "image_size": data.image_size,
+            "epochs": args.teacher_epochs or args.epochs,
+            "batch_size": args.batch_size,
+            "lr": args.teacher_lr,
+            "weight_decay": args.weight_decay,
+            "seed": 0,  # whatever the students' seeds: all of them learn from one teacher
+        }
+        if path.exists():
+            _check_recipe(path, recipe)
+        else:
+            print(f"teacher: no {path}; training it for {recipe['epochs']} epochs", flush=True)
+            teacher_args = _teacher_args(args)
+            result = train(teacher_args)
+            weights = read_checkpoint(Path(teacher_args.out) / "student.pt")
+            save_whole(
+                path, {"model": weights, "recipe": recipe, "test_top1": result["student_top1"]}
+            )
+    load_weights(net, path)
+    weights_hash = state_hash(net)
+    net = net.to(data.device, memory_format=torch.channels_last)
+    net = fold_batchnorm(net, next(data.batches("test", 2))[0])
+    key = (weights_hash, data.fingerprint, args.precision)
+    if key not in _EVALUATED:
+        _EVALUATED[key] = evaluate(net, data, args)
+    top1 = _EVALUATED[key]
+    print(f"teacher {args.teacher} from {path}: test {top1:.2f} %", flush=True)
+    # Twice chance; with two or three classes that is out of reach, so 1.2 times.
+    chance = 100 / data.num_classes
+    if top1 < (2 if data.num_classes > 3 else 1.2) * chance:
+        problem = f"{path}: {top1:.2f} % on the test images is near chance ({chance:.2f} %)"
+        if args.teacher_ckpt:
+            raise UserError(f"{problem}: other class order, preprocessing or --dataset?")
+        print(f"warning: {problem}: train it longer (--teacher-epochs)", file=sys.stderr)
+    return Teacher(net, top1, weights_hash)
+
+
+def _check_recipe(path, recipe):
+    saved = read_checkpoint(path)
+    saved = saved.get("recipe", {}) if isinstance(saved, dict) else {}
+    other = [f"{k} {saved.get(k)} (asked: {v})" for k, v in recipe.items() if saved.get(k) != v]
+    if other:
+        raise UserError(
+            f"{path} is a teacher trained otherwise: {', '.join(other)}. To use it all the same give"
+            f" --teacher-ckpt {path}; to train another, move it away"
+        )
+
+
+# What a teacher's training shares with its student's; all else belongs to the method and is off.
+TEACHER_KEEPS = ("dataset", "data_dir", "image_size", "train_size", "batch_size", "momentum")
+TEACHER_KEEPS += ("weight_decay", "precision", "device", "workers", "compile", "script")
+
+
+def _teacher_args(args):
+    """The arguments that train the teacher: the same recipe, every loss but cross-entropy off."""
+    new = {k: v if k in TEACHER_KEEPS else 0.0 for k, v in vars(args).items()}
+    new |= dict(student=args.teacher, teacher=None, teacher_ckpt=None, method="teacher", seed=0)
+    new |= dict(ce_weight=1.0, lr=args.teacher_lr, epochs=args.teacher_epochs or args.epochs)
+    new |= dict(out=f"runs/teacher-{args.dataset}-{args.teacher}", resume=False)
+    new = argparse.Namespace(**new)
+    with contextlib.suppress(UserError):
+        last = read_checkpoint(Path(new.out) / "last.pt")
+        new.resume = last["args"] == lasting(new)
+    return new
+
+
+def _teacher_unfinished(args):
+    if not args.teacher or args.teacher_ckpt or _teacher_file(args).exists():
+        return False
+    return (Path(_teacher_args(args).out) / "last.pt").exists()
+
+
+def _teacher_file(args):
+    return Path(args.teacher_ckpt or f"checkpoints/{args.dataset}_{args.teacher}.pt")
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
+    return value
+
+
+def weight(text: str) -> float:
+    """A finite number, 0 or more."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be a finite number, 0 or more")
+    return value
+
+
+def positive(text: str) -> float:
+    if (value := weight(text)) == 0:
+        raise argparse.ArgumentTypeError("0: must be more than 0")
+    return value
+
+
+positive_int.__name__, positive.__name__ = "whole number", "number"  # argparse: "invalid ... value"
+
+
+def one_of(kind: str, names: list[str]):
+    """An argparse type: one of `names`, else an error that offers the nearest."""
+
+    def check(text):
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"unknown {kind} '{text}'{nearest(text, names)}")
+        return text
+
+    return check
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a methods section would not mention: where files lie, on what and how often it runs."""
+    add = parser.add_argument_group("run").add_argument
+    datasets = one_of("data set", list(STATS))
+    add("--dataset", type=datasets, default="cifar100", metavar="NAME", help=", ".join(STATS))
+    add("--data-dir", default="data", metavar="DIR", help="where the data lies or is downloaded to")
+    add("--image-size", type=positive_int, metavar="N", help="pixels, for folder and stl10 (32)")
+    add(
+        "--train-size", type=positive_int, metavar="N", help="train on N images, even classes (all)"
+    )
+    add("--teacher-ckpt", metavar="FILE", help="a teacher's weights, such as RepDistiller's")
+    add("--seed", type=int, default=0, help="of the student's start, its batches and dropout (0)")
+    add("--seeds", type=int, nargs="+", metavar="N", help="run each, print mean and spread")
+    add("--compare", action="store_true", help="train the CE-only and plain KD students too")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: faster where the"
+        " processor has it; losses stay in fp32 (fp32)")  # fmt: skip
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: a GPU if there is one",
+    )
+    add("--compile", action="store_true", help="torch.compile both networks: slow start, for a GPU")
+    add("--workers", type=positive_int, metavar="N", help="threads that decode a tree (all cores)")
+    add("--out", metavar="DIR", help="folder of the run (runs/<script>-<teacher>-<student>-...)")
+    add("--resume", action="store_true", help="go on where a stopped run left off")
+    add("--eval", metavar="FILE", help="only test this student checkpoint")
+
+
+def launch(main, args, baselines: dict) -> None:
+    """Run `main(args)` for every seed and, with --compare, for every baseline; print the table.
+
+    baselines: name -> the arguments that make it, such as {"ce": {"kd_weight": 0.0, ...}}. A
+    baseline's folder is `<out>/<name>`, a seed's `<out>/s<seed>` where --out is given.
+    """
+    pick_device(args.device)
+    if args.resume and args.eval:
+        raise UserError("--resume and --eval: choose one")
+    if args.eval:
+        return print_top1(args)
+    if args.teacher_ckpt:
+        read_checkpoint(args.teacher_ckpt)  # fail before the data is read
+    results, seeds = [], args.seeds or [args.seed]
+    for seed in dict.fromkeys(seeds):
+        name = f"{args.script}-{args.teacher}-{args.student}-{args.dataset}-s{seed}"
+        out = Path(args.out or f"runs/{name}")
+        out = out / f"s{seed}" if args.out and args.seeds else out
+        runs = {name: out / name for name in baselines} if args.compare else {}
+        for name, folder in (runs | {"": out}).items():
+            changes = {**baselines.get(name, {}), "seed": seed, "out": str(folder)}
+            one = argparse.Namespace(**vars(args) | changes)
+            if len(seeds) > 1 or args.compare:
+                print(f"\n== {one.method}, seed {seed}: {folder}", flush=True)
+                one.resume = args.resume and (folder / "last.pt").exists()
+            results.append(main(one))
+    print("\n" + table(results))
+
+
+def print_top1(args) -> None:
+    device = pick_device(args.device)
+    data = load_data(args, device)
+    student = build_model(args.student, data.num_classes)
+    load_weights(student, args.eval)
+    student = student.to(device, memory_format=torch.channels_last)
+    print(f"{args.student} from {args.eval}: test {evaluate(student, data, args):.2f} %")
+
+
+def table(results: list[dict]) -> str:
+    """A Markdown table of results, a row a method: n, last-epoch top-1, mean and spread.
+
+    The spread is the standard deviation over seeds (n - 1 in the denominator).
+    """
+    groups: dict = {}
+    for r in results:
+        key = (
+            r["dataset"],
+            r["train_images"],
+            r["epochs"],
+            r["teacher"],
+            r["student"],
+            r["method"],
+        )
+        groups.setdefault((*key, r["teacher_top1"]), []).append(r["student_top1"])
+    rows = ["| data, images, epochs | teacher | student | method | n | top-1 % | lowest, highest |"]
+    rows.append("|---|---|---|---|---|---|---|")
+    for (dataset, images, epochs, teacher, student, method, top1), values in groups.items():
+        mean, n = sum(values) / len(values), len(values)
+        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else None
+        figure = f"{mean:.2f}" + (f" ± {spread:.2f}" if n > 1 else "")
+        source = f"{teacher} ({top1:.2f})" if teacher else "none"
+        rows.append(
+            f"| {dataset}, {images:,}, {epochs} | {source} | {student} | {method} | {n} |"
+            f" {figure} | {min(values):.2f}, {max(values):.2f} |"
+        )
+    return "\n".join(rows)
+
+
+def print_table(paths: list[str] | None) -> None:
+    """`python common.py FILE...`: the table of these result files."""
+    results = []
+    for path in sys.argv[1:] if paths is None else paths:
+        try:
+            results.append(json.loads(Path(path).read_text()))
+            table(results[-1:])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a result of a run ({error})") from None
+    if not results:
+        raise UserError("usage: python common.py results/*.json")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(print_table))
