@@ -1194,7 +1194,7 @@ class Meter:
             self.shown = now
             self.check()
             if self.live:
-                print("\r" + self._line() + "\x1b[K", end="", flush=True)
+                print("\r" + self._line(now - self.start) + "\x1b[K", end="", flush=True)
 
     def check(self):
         if self.bad is not None and bool(self.bad.any()):
@@ -1209,15 +1209,15 @@ class Meter:
         sums = (self.sums / self.images).tolist()
         return dict(zip(self.names, sums)), 100 * sums[-1]
 
-    def _line(self):
-        elapsed = time.perf_counter() - self.start
-        rate = self.images / elapsed
-        left = (self.total * (self.epochs - self.epoch) - self.images) / rate
+    def _line(self, seconds):
+        """seconds: spent on the images so far."""
+        left = (self.total * (self.epochs - self.epoch) - self.images) / self.images
+        left *= time.perf_counter() - self.start
         terms, top1 = self._means()
         return (
             f"epoch {self.epoch + 1:3d}/{self.epochs}  "
             + "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
-            + f"  train {top1:5.2f} %  {rate:6.0f} images/s  {_clock(left)} left"
+            + f"  train {top1:5.2f} %  {self.images / seconds:6.0f} images/s  {_clock(left)} left"
         )
 
     def close(self) -> dict:
@@ -1234,11 +1234,10 @@ class Meter:
         }
 
     def report(self, metrics: dict) -> None:
-        end = f"  test {metrics['test_top1']:5.2f} %  lr {metrics['lr']:.4g}"
-        print(
-            ("\r" if self.live else "") + self._line() + end + ("\x1b[K" if self.live else ""),
-            flush=True,
-        )
+        """The epoch's line, after the test."""
+        line = self._line(metrics["seconds"])
+        line += f"  test {metrics['test_top1']:5.2f} %  lr {metrics['lr']:.4g}"
+        print(f"\r{line}\x1b[K" if self.live else line, flush=True)
 
 
 def _clock(seconds):

@@ -444,7 +444,7 @@ def main(args) -> dict:
             # Schedule, written for 240 epochs and played faster or slower for another number:
             # lr x 0.1 at 150, 180, 210; the base loss grows from 0 over the first 20; ND does not.
             now = 240 * (epoch * steps + step) // (args.epochs * steps)
-            lr = args.lr * 0.1 ** sum(now >= drop for drop in (150, 180, 210))
+            lr = args.lr / 10 ** sum(now >= drop for drop in (150, 180, 210))
             warm_up = min(1.0, now / 20)
             for group in optimizer.param_groups:
                 group["lr"] = lr
