@@ -1,4 +1,4 @@
-"""Networks, data and the chores around a run: everything a paper's methods section would not mention.
+"""Networks, data and the chores around a run: what a paper's methods section would not mention.
 
 Read a method script (`nd.py`) first; it imports what it needs from here by name. In order:
 
@@ -552,7 +552,7 @@ def read_checkpoint(path: str | Path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+        if "GLOBAL" in str(error):  # the name of a class or function to call
             raise UserError(
                 f"{path}: holds Python objects besides tensors, which loading would run as code;"
                 " save its state dict alone"
@@ -587,7 +587,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         which = f"lacks {missing[0]}" if missing else f"has {extra[0]} too"
         raise UserError(
             f"{path}: weights of another architecture: it {which}"
-            f" ({len(missing)} missing, {len(extra)} unexpected); name the network it was saved from"
+            f" ({len(missing)} missing, {len(extra)} unexpected); name the network it is of"
         )
     for key, value in wanted.items():
         if not torch.is_tensor(state[key]) or state[key].shape != value.shape:
@@ -825,6 +825,8 @@ def _read_trees(root, size, workers):
             sets.append(torchvision.datasets.ImageFolder(str(folder)))
         except FileNotFoundError as error:  # no class folders, or one without images
             raise UserError(f"{folder}: {str(error).splitlines()[0]}") from None
+    if len(sets[0].classes) < 2:
+        raise UserError(f"{train_dir}: one class only; there must be two or more class folders")
     if sets[0].classes != sets[1].classes:
         odd = sorted(set(sets[0].classes) ^ set(sets[1].classes))[0]
         raise UserError(
@@ -839,38 +841,31 @@ def _read_trees(root, size, workers):
 
 
 def _decoded(samples, size, workers, cache):
-    """Every image of a tree as one tensor: decoded once, then read from the cache beside the tree."""
+    """Every image of a tree as one tensor: decoded once, then read from the cache beside it."""
     need = len(samples) * size * size * 3
     if need > 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise UserError(
-            f"--image-size {size}: {len(samples)} images take {need / 1e9:.0f} GB decoded, more than"
-            " half of this machine's memory; choose a smaller size"
+            f"--image-size {size}: {len(samples)} images take {need / 1e9:.0f} GB decoded, more"
+            " than half of this machine's memory; choose a smaller size"
         )
     listing = hashlib.sha256()
     for path, label in samples:
         stat = os.stat(path)
         listing.update(f"{Path(path).name} {label} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    listing = listing.hexdigest()
-    if cache.is_file():
-        with contextlib.suppress(UserError):
-            saved = read_checkpoint(cache)
-            if isinstance(saved, dict) and saved.get("listing") == listing:
-                return Split(saved["images"], saved["labels"])
-    print(f"decoding {len(samples)} images, once: {cache}", flush=True)
-    images = torch.empty(len(samples), size, size, 3, dtype=torch.uint8)
 
-    def decode(i):
-        images[i] = torch.from_numpy(_decode(samples[i][0], size))
+    def decode_all():
+        print(f"decoding {len(samples)} images, once: {cache}", flush=True)
+        images = torch.empty(len(samples), size, size, 3, dtype=torch.uint8)
 
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for _ in pool.map(decode, range(len(samples))):
-            pass
-    split = Split(images, torch.tensor([label for _, label in samples]))
-    try:
-        save_whole(cache, {"listing": listing, **split._asdict()})
-    except OSError as error:
-        print(f"note: not kept, so the next run decodes again: {error}", file=sys.stderr)
-    return split
+        def decode(i):
+            images[i] = torch.from_numpy(_decode(samples[i][0], size))
+
+        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+            list(pool.map(decode, range(len(samples))))
+        return images
+
+    images = kept(cache, {"listing": listing.hexdigest()}, decode_all)
+    return Split(images, torch.tensor([label for _, label in samples]))
 
 
 def _decode(path, size):
@@ -927,39 +922,38 @@ def draw_shapes(count: int, seed: int, size: int = 32) -> Split:
         # Background: two colours blended along a random direction.
         turn = uniform(0, 2 * np.pi, 1, 1)
         ramp = 0.5 + 0.35 * (np.cos(turn) * axis[:, None] + np.sin(turn) * axis)
-        first, second = uniform(0.1, 0.9, 1, 1, 3), uniform(0.1, 0.9, 1, 1, 3)
+        first, second = uniform(0.1, 0.6, 1, 1, 3), uniform(0.1, 0.6, 1, 1, 3)
         canvas = first + ramp[..., None] * (second - first)
         # Clutter: bars across the image, behind the shape and (the last) in front of it.
         bars = []
-        for _ in range(4):
+        for _ in range(2):
             turn, offset = uniform(0, np.pi, 1, 1), uniform(-0.9, 0.9, 1, 1)
             distance = np.abs(np.cos(turn) * axis[:, None] + np.sin(turn) * axis - offset)
             bars.append((distance < uniform(0.02, 0.09, 1, 1), uniform(0, 1, 1, 1, 3)))
         for mask, colour in bars[:-1]:
             canvas = np.where(mask[..., None], colour, canvas)
         # The shape, in its own turned and scaled coordinates u, v.
-        radius, turn = uniform(0.3, 0.62, 1, 1), uniform(-np.pi, np.pi, 1, 1)
-        y = axis[:, None] - uniform(-0.35, 0.35, 1, 1)
-        x = axis - uniform(-0.35, 0.35, 1, 1)
+        radius, turn = uniform(0.45, 0.75, 1, 1), uniform(-np.pi, np.pi, 1, 1)
+        y = axis[:, None] - uniform(-0.3, 0.3, 1, 1)
+        x = axis - uniform(-0.3, 0.3, 1, 1)
         u = (np.cos(turn) * x + np.sin(turn) * y) / radius
         v = (np.cos(turn) * y - np.sin(turn) * x) / radius
         rho = np.sqrt(u * u + v * v)
         bin_ = ((np.arctan2(v, u) + np.pi) * (256 / (2 * np.pi))).astype(np.int32) % 256
         inside = (rho < outlines[shape[:, None, None], bin_]) & (rho > holes[shape][:, None, None])
         # Its texture: which of two colours a pixel has.
-        pitch = uniform(6, 9, 1, 1)
+        pitch = uniform(5, 7, 1, 1)
         wave_u, wave_v = np.sin(pitch * u), np.sin(pitch * v)
         kinds = np.stack([
             np.zeros_like(inside), wave_u > 0, wave_u * wave_v > 0, wave_u + wave_v > 0.9
         ])  # fmt: skip
         second_colour = kinds[texture, np.arange(n)]
-        one = uniform(0, 1, 1, 1, 3)
-        other = np.mod(one + uniform(0.25, 0.75, 1, 1, 3), 1)
+        one, other = uniform(0.5, 1, 1, 1, 3), uniform(0, 0.3, 1, 1, 3)
         painted = np.where(second_colour[..., None], other, one)
         canvas = np.where(inside[..., None], painted, canvas)
         mask, colour = bars[-1]
         canvas = np.where(mask[..., None], colour, canvas)
-        canvas += rng.standard_normal(canvas.shape, np.float32) * uniform(0.02, 0.12, 1, 1, 1)
+        canvas += rng.standard_normal(canvas.shape, np.float32) * uniform(0.02, 0.06, 1, 1, 1)
         images[start : start + n] = (canvas.clip(0, 1) * 255).astype(np.uint8)
     return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
 
@@ -995,6 +989,21 @@ def save_json(path: Path, value) -> None:
     write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
+def kept(path: Path, made_by: dict, compute):
+    """What `compute()` returns, or the file at `path` if that was made by the very same things."""
+    if path.is_file():
+        with contextlib.suppress(UserError):  # a torn file is made again
+            saved = read_checkpoint(path)
+            if isinstance(saved, dict) and saved.get("made_by") == made_by:
+                return saved["value"]
+    value = compute()
+    try:
+        save_whole(path, {"made_by": made_by, "value": value})
+    except OSError as error:
+        print(f"note: {path} cannot be written ({error}): not kept", file=sys.stderr)
+    return value
+
+
 # Arguments that may differ between a run and its resumption: they do not change what is computed.
 FREE = {"resume", "out", "device", "workers", "compile", "compare", "seeds", "eval", "data_dir"}
 FREE |= {"script", "teacher_ckpt"}  # the teacher's weights are compared by their hash
@@ -1006,7 +1015,7 @@ def lasting(args) -> dict:
 
 
 class Run:
-    """The folder of one run: `last.pt` to resume from, `metrics.jsonl`, `result.json`, `student.pt`."""
+    """The folder of one run: `last.pt` to resume, `metrics.jsonl`, `result.json`, `student.pt`."""
 
     def __init__(self, args):
         self.args, self.dir = args, Path(args.out)
@@ -1101,7 +1110,7 @@ class Run:
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write_whole(self.dir / "metrics.jsonl", lines.encode())
 
-    def finish(self, student: nn.Module, **facts) -> dict:
+    def finish(self, student: nn.Module, data: Data, teacher) -> dict:
         """Write `student.pt` and `result.json`; -> the result."""
         args = self.args
         seconds = sum(line["seconds"] for line in self.history)
@@ -1112,7 +1121,11 @@ class Run:
             "student": args.student,
             "seed": args.seed,
             "epochs": args.epochs,
-            **facts,
+            "teacher_top1": teacher and teacher.top1,
+            "teacher_hash": teacher and teacher.hash,
+            "train_images": len(data.train.labels),
+            "test_images": len(data.test.labels),
+            "data_hash": data.fingerprint,
             "student_top1": self.history[-1]["test_top1"],
             "seconds": round(seconds, 3),
             "images_per_second": round(
@@ -1174,15 +1187,12 @@ class Meter:
         self.start = self.shown = time.perf_counter()
         self.live = sys.stdout.isatty()
 
-    def add(self, logits: Tensor, labels: Tensor, **terms) -> None:
-        """One step: a loss term is a 0-dim tensor, or 0.0 where it is switched off."""
+    def add(self, logits: Tensor, labels: Tensor, terms: dict) -> None:
+        """One step: a loss term is a 0-dim tensor, or the number 0.0 where it is switched off."""
+        terms = {name: value for name, value in terms.items() if torch.is_tensor(value)}
         self.names = tuple(terms)
         with torch.no_grad():
-            values = [
-                torch.as_tensor(v, dtype=torch.float32, device=logits.device)
-                for v in terms.values()
-            ]
-            values = torch.stack(values)
+            values = torch.stack([value.float() for value in terms.values()])
             broken = ~torch.isfinite(values)
             # Which terms were the first to break; later ones break because the weights did.
             self.bad = broken if self.bad is None else torch.where(self.bad.any(), self.bad, broken)
@@ -1277,7 +1287,7 @@ def evaluate(model: nn.Module, data: Data, args) -> float:
 
 @torch.no_grad()
 def probe(model: nn.Module, data: Data) -> Features:
-    """Its features of two test images, to learn widths and sizes from; the model stays unchanged."""
+    """Its features of two test images, to read off widths; the model stays as it was."""
     was_training = model.training
     images = next(data.batches("test", 2))[0].to(next(model.parameters()).device)
     try:
@@ -1341,14 +1351,17 @@ def get_teacher(args, data: Data, train) -> Teacher:
         _EVALUATED[key] = evaluate(net, data, args)
     top1 = _EVALUATED[key]
     print(f"teacher {args.teacher} from {path}: test {top1:.2f} %", flush=True)
-    # Twice chance; with two or three classes that is out of reach, so 1.2 times.
-    chance = 100 / data.num_classes
-    if top1 < (2 if data.num_classes > 3 else 1.2) * chance:
-        problem = f"{path}: {top1:.2f} % on the test images is near chance ({chance:.2f} %)"
+    if near_chance(top1, data.num_classes):
+        problem = f"{path}: {top1:.2f} % on the test images is near chance"
         if args.teacher_ckpt:
             raise UserError(f"{problem}: other class order, preprocessing or --dataset?")
         print(f"warning: {problem}: train it longer (--teacher-epochs)", file=sys.stderr)
     return Teacher(net, top1, weights_hash)
+
+
+def near_chance(top1: float, num_classes: int) -> bool:
+    """Below twice chance; with two or three classes that is out of reach, so 1.2 times."""
+    return top1 < (2 if num_classes > 3 else 1.2) * 100 / num_classes
 
 
 def _check_recipe(path, recipe):
@@ -1357,7 +1370,7 @@ def _check_recipe(path, recipe):
     other = [f"{k} {saved.get(k)} (asked: {v})" for k, v in recipe.items() if saved.get(k) != v]
     if other:
         raise UserError(
-            f"{path} is a teacher trained otherwise: {', '.join(other)}. To use it all the same give"
+            f"{path} is a teacher trained otherwise: {', '.join(other)}. To use it anyway give"
             f" --teacher-ckpt {path}; to train another, move it away"
         )
 
@@ -1477,7 +1490,8 @@ def launch(main, args, baselines: dict) -> None:
         name = f"{args.script}-{args.teacher}-{args.student}-{args.dataset}-s{seed}"
         out = Path(args.out or f"runs/{name}")
         out = out / f"s{seed}" if args.out and args.seeds else out
-        runs = {name: out / name for name in baselines} if args.compare else {}
+        wanted = baselines if args.compare else {}
+        runs = {n: out / n for n, b in wanted.items() if b["method"] != args.method}
         for name, folder in (runs | {"": out}).items():
             changes = {**baselines.get(name, {}), "seed": seed, "out": str(folder)}
             one = argparse.Namespace(**vars(args) | changes)

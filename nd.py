@@ -1,7 +1,7 @@
 """ND: knowledge distillation by feature norm and direction (KD++, DKD++, DIST++, ReviewKD++).
 
 The idea in one sentence: turn the student's embedding of an image towards the teacher's mean
-embedding of that image's class, and lengthen it until it is as long as the teacher's embedding.
+embedding of that image's class, and lengthen it until it is at least as long as the teacher's own.
 
     Wang, Cheng, Duan, Wang, Feng, Kong: Improving Knowledge Distillation via Regularizing Feature
     Norm and Direction, arXiv 2305.17007 (ECCV 2024: "... Feature Direction and Norm").
@@ -10,26 +10,28 @@ For image i of class y, with s = student_emb[i], t = teacher_emb[i] (the inputs 
 and e_y = class_means[y] / |class_means[y]|:
 
     nd   = mean_i [ 1 - (s . e_y) / max(|s|, |t|) ]  =  mean_i [ 1 - cos(s, e_y) min(1, |s|/|t|) ]
-    loss = ce_weight CE + warm-up * kd_weight * base + nd_weight nd
+    loss = ce_weight * ce + warm_up * kd_weight * base + nd_weight * nd
 
-base is one of KD, DKD, DIST, ReviewKD; with nd it is KD++, DKD++, DIST++, ReviewKD++.
+base is KD, DKD, DIST or ReviewKD; with nd it becomes KD++, DKD++, DIST++ or ReviewKD++. warm_up
+grows from 0 to 1 over the first twelfth of the run. If the widths differ, s is the student's
+embedding after a projector (BatchNorm, Dropout, Linear) that is thrown away after training.
 
     python nd.py --teacher resnet56 --student resnet20            CIFAR-100, the benchmark recipe
-    python nd.py --base dkd --compare --seeds 0 1 2               DKD++ beside KD and CE, 3 seeds
-    python nd.py --dataset shapes --teacher resnet20 --student resnet8 --epochs 12 --compare
+    python nd.py --base dkd --compare --seeds 0 1 2               DKD++, DKD, KD and CE, 3 seeds
+    python nd.py --dataset shapes --teacher resnet14 --student resnet8 --epochs 5 --compare
 
 RESULT_PLACEHOLDER
 
 Differs from the paper and its code:
  1. Class means come from clean training images (--class-means augmented: the official way) and are
-    double-precision sums; the official code rounds each value to 4 decimals.
+    summed in double precision; the official code rounds each value to 4 decimals.
  2. One vectorised loss; where |s| = |t| = 0 it is 1 with zero gradient instead of 0/0.
  3. The result is the last epoch. The paper's code keeps the epoch that is best on the test set.
- 4. The projector's Linear and all classifiers start as PyTorch starts them; the official wrapper
-    resets the student's classifier as well whenever there is a projector.
- 5. Drops and warm-up are fractions of the run (at 240 epochs: 150, 180, 210 and 20, as published),
-    so that a shorter run keeps the recipe's shape.
- 6. ReviewKD compares maps at the teacher's sizes; for ShuffleV2 the teacher's map is post-ReLU.
+ 4. The projector and all classifiers start as PyTorch starts them; the official wrapper resets the
+    student's classifier too whenever there is a projector.
+ 5. The drops of the learning rate and the warm-up are fractions of the run (of 240 epochs: 150,
+    180, 210 and 20, as published), so that a shorter run keeps the recipe's shape.
+ 6. ReviewKD works for every pair with as many stages, resized to the teacher's maps.
 """
 
 import argparse
@@ -37,58 +39,61 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from common import (  # nothing here knows about distillation
-    Meter,
+from common import (  # nothing in there knows about distillation
+    Meter,  # sums of the loss terms, progress line, stop at nan
     Parser,
-    Run,
-    UserError,
+    Run,  # the run's folder: resume, metrics.jsonl, result.json, student.pt
+    UserError,  # ends the program with one line and status 2
     add_run_arguments,
     autocast,
-    build_model,
+    build_model,  # network(x, return_features=True) -> logits, (.embedding, .maps, .preact)
     evaluate,
-    get_teacher,
-    launch,
+    get_teacher,  # loads it, or trains it first by calling main
+    kept,  # a value from a file if that was made by the same things, else computed
+    launch,  # --seeds and --compare: calls main once per run
     load_data,
     model_names,
     one_of,
     pick_device,
     positive,
     positive_int,
-    probe,
-    read_checkpoint,
+    probe,  # features of two test images in eval mode
     run_program,
-    save_whole,
     weight,
 )
 
 # --- copy from here ---------------------------------------------------------------------------
-# Needs torch, torch.nn.functional as F, and Tensor, nn from torch. Every loss computes in at least
-# float32 and sends no gradient into the teacher.
+# Needs `import torch` and `import torch.nn.functional as F`. Every loss computes in float32 or
+# better and sends no gradient into the teacher.
 
 
-def _full(x: Tensor) -> Tensor:
+def _full(x: torch.Tensor) -> torch.Tensor:
     """bfloat16 and float16 become float32; float32 and float64 stay."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _unit(x: Tensor, dim: int = 1) -> Tensor:
-    """x / |x|. What is shorter than 1e-7 has no direction: it becomes 0, and so does its gradient."""
+def _unit(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    """x / |x|, or 0 with zero gradient where |x| < 1e-7: too short to have a direction."""
     norm = x.norm(dim=dim, keepdim=True)
     return x / norm.masked_fill(norm < 1e-7, float("inf"))
 
 
 def nd_loss(
-    student_emb: Tensor, teacher_emb: Tensor, class_means: Tensor, labels: Tensor
-) -> Tensor:
-    """Norm and direction: mean of 1 - s.e_y / max(|s|, |t|), from 0 (reached) to 2.
+    student_emb: torch.Tensor,
+    teacher_emb: torch.Tensor,
+    class_means: torch.Tensor,
+    labels: torch.Tensor,
+) -> torch.Tensor:
+    """Norm and direction: mean of 1 - s.e_y / max(|s|, |t|), from 0 to 2.
 
     student_emb, teacher_emb [B,D]: inputs of the classifiers, the student's after a projector if
     the widths differ. class_means [K,D]: the teacher's; only their direction counts. labels [B].
-    Usual weight 1 (0.5 to 4 in the paper): the term is of the size of a cosine, CE of a few nats.
-    While |s| < |t| the gradient is -e_y / |t|: it turns s and lengthens it. Beyond |t| it only
-    turns. Source: arXiv 2305.17007.
+    Usual weight 1 (paper: 0.5 to 4): ND is at most 2, where CE starts at a few nats.
+    While |s| < |t| the gradient is -e_y / |t|: a step adds a multiple of e_y to s, which turns it
+    and, once within 90 degrees of e_y, lengthens it. Beyond |t| it only turns. 0 where s points
+    along e_y with |s| >= |t|. Source: arXiv 2305.17007.
     """
     s, t = _full(student_emb), _full(teacher_emb.detach())  # [B,D]
     e = _unit(_full(class_means.detach()))[labels]  # e_y = c_y / |c_y|  [B,D]
@@ -97,23 +102,27 @@ def nd_loss(
     return (1 - (s * e).sum(1) / longer).mean()
 
 
-def direction_loss(student_emb: Tensor, class_means: Tensor, labels: Tensor) -> Tensor:
+def direction_loss(
+    student_emb: torch.Tensor, class_means: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
     """Direction alone: mean of 1 - cos(s, c_y). [B,D], [K,D], [B]. Usual weight 1."""
     s, e = _unit(_full(student_emb)), _unit(_full(class_means.detach()))[labels]  # [B,D]
     return (1 - (s * e).sum(1)).mean()
 
 
-def norm_loss(student_emb: Tensor, teacher_emb: Tensor) -> Tensor:
+def norm_loss(student_emb: torch.Tensor, teacher_emb: torch.Tensor) -> torch.Tensor:
     """Norm alone: mean of relu(1 - |s| / |t|). [B,D], [B,D]. Usual weight 1."""
     s, t = _full(student_emb).norm(dim=1), _full(teacher_emb.detach()).norm(dim=1)  # [B]
     return (F.relu(t - s) / t.clamp_min(1e-7)).mean()  # = relu(1 - s/t), and 0 where t = 0
 
 
-def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
+def kd_loss(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 4.0
+) -> torch.Tensor:
     """Hinton's distillation: T^2 KL(softmax(z_t/T) || softmax(z_s/T)), mean over the batch.
 
-    [B,K] logits. T^2 undoes the 1/T^2 that the temperature puts on the gradient, so the usual
-    weight, 1, does not depend on T. Source: arXiv 1503.02531.
+    [B,K] logits, finite. T^2 undoes the 1/T^2 that the temperature puts on the gradient, so that
+    one weight serves every T. Usual weight 1 (1 to 4 in KD++). Source: arXiv 1503.02531.
     """
     log_s = F.log_softmax(_full(student_logits) / temperature, 1)  # [B,K]
     log_t = F.log_softmax(_full(teacher_logits.detach()) / temperature, 1)
@@ -121,18 +130,18 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
 
 
 def dkd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor,
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
     alpha: float = 1.0,
     beta: float = 8.0,
     temperature: float = 4.0,
-) -> Tensor:
+) -> torch.Tensor:
     """Decoupled KD: T^2 (alpha TCKD + beta NCKD), mean over the batch.
 
     [B,K] logits, [B] labels. TCKD: KL between the masses (true class, all others). NCKD: KL among
-    the others alone; plain KD weighs it by the teacher's mass on the others, small where the
-    teacher is sure. beta 2 to 8. Zero for NCKD if K = 2. Source: arXiv 2203.08679.
+    the others alone; plain KD multiplies it by the teacher's mass on them, tiny where the teacher
+    is sure. With K = 2, NCKD is 0. Usual alpha 0.5 to 2.5, beta 4 to 8. Source: arXiv 2203.08679.
     """
 
     def split(logits):
@@ -143,60 +152,65 @@ def dkd_loss(
         binary = torch.cat([log_p.gather(1, labels[:, None]), log_rest], 1)  # [B,2]
         return binary, F.log_softmax(others, 1)  # [B,2], [B,K]
 
-    (binary_s, others_s), (binary_t, others_t) = (
-        split(student_logits),
-        split(teacher_logits.detach()),
-    )
+    binary_s, others_s = split(student_logits)
+    binary_t, others_t = split(teacher_logits.detach())
     tckd = F.kl_div(binary_s, binary_t, reduction="batchmean", log_target=True)
     nckd = F.kl_div(others_s, others_t, reduction="batchmean", log_target=True)
     return temperature**2 * (alpha * tckd + beta * nckd)
 
 
 def dist_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
     beta: float = 1.0,
     gamma: float = 1.0,
     temperature: float = 4.0,
-) -> Tensor:
+) -> torch.Tensor:
     """DIST: T^2 (beta (1 - mean row correlation) + gamma (1 - mean column correlation)).
 
     [B,K] logits. Pearson correlations of the two matrices of probabilities: rows compare the
     classes within an image, columns the images within a class. A constant row or column has
-    correlation 0. Usual weight 1 to 3. Source: arXiv 2205.10536.
+    correlation 0. Usual weight 1.5 to 7. Source: arXiv 2205.10536.
     """
     p_s = F.softmax(_full(student_logits) / temperature, 1)  # [B,K]
     p_t = F.softmax(_full(teacher_logits.detach()) / temperature, 1)
 
+    def deviation(p, dim):  # from the mean, as unit vectors; mere rounding counts as none
+        centred = p - p.mean(dim, keepdim=True)
+        rounding = centred.norm(dim=dim, keepdim=True) < 1e-5 * p.norm(dim=dim, keepdim=True)
+        return _unit(centred.masked_fill(rounding, 0.0), dim)
+
     def correlation(dim):
-        s, t = p_s - p_s.mean(dim, keepdim=True), p_t - p_t.mean(dim, keepdim=True)
-        return (_unit(s, dim) * _unit(t, dim)).sum(dim).mean()
+        return (deviation(p_s, dim) * deviation(p_t, dim)).sum(dim).mean()
 
     return temperature**2 * (beta * (1 - correlation(1)) + gamma * (1 - correlation(0)))
 
 
-class ReviewKD(nn.Module):
+class ReviewKD(torch.nn.Module):
     """Fuses student maps from deep to shallow and shapes them like the teacher's.
 
-    student_channels, teacher_channels: widths of the levels, shallow to deep. At each level a 1x1
-    convolution to `mid_channels`; below the deepest, a two-channel sigmoid attention adds the
-    deeper result; a 3x3 convolution to the teacher's width. Source: arXiv 2104.09044.
+    student_channels, teacher_channels: widths of the levels, shallow to deep. Each level: a 1x1
+    convolution to `mid_channels`; at all but the deepest, add the deeper level's result, the two
+    weighted by a sigmoid gate each; a 3x3 convolution to the teacher's width. arXiv 2104.09044.
     """
 
     def __init__(self, student_channels: list[int], teacher_channels: list[int], mid_channels: int):
         super().__init__()
 
         def conv_bn(c_in, c_out, size):
-            conv = nn.Conv2d(c_in, c_out, size, padding=size // 2, bias=False)
-            return nn.Sequential(conv, nn.BatchNorm2d(c_out))
+            conv = torch.nn.Conv2d(c_in, c_out, size, padding=size // 2, bias=False)
+            torch.nn.init.kaiming_uniform_(conv.weight, a=1)
+            return torch.nn.Sequential(conv, torch.nn.BatchNorm2d(c_out))
 
-        self.inward = nn.ModuleList(conv_bn(c, mid_channels, 1) for c in student_channels)
-        self.outward = nn.ModuleList(conv_bn(mid_channels, c, 3) for c in teacher_channels)
-        gates = [nn.Conv2d(2 * mid_channels, 2, 1) for _ in student_channels[:-1]]
-        self.gates = nn.ModuleList(gates)
+        self.inward = torch.nn.ModuleList(conv_bn(c, mid_channels, 1) for c in student_channels)
+        self.outward = torch.nn.ModuleList(conv_bn(mid_channels, c, 3) for c in teacher_channels)
+        gates = [torch.nn.Conv2d(2 * mid_channels, 2, 1) for _ in student_channels[:-1]]
+        self.gates = torch.nn.ModuleList(gates)
 
-    def forward(self, student_maps: list[Tensor], teacher_maps: list[Tensor]) -> list[Tensor]:
-        """[B,Cs,h,w] and [B,Ct,H,W] a level -> the student's, shaped [B,Ct,H,W] (teacher: sizes only)."""
+    def forward(
+        self, student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Each level: student map [B,Cs,h,w] -> [B,Ct,H,W]; the teacher's maps give only H, W."""
         results, deeper = [], None
         for level in reversed(range(len(student_maps))):
             x = self.inward[level](student_maps[level])
@@ -204,26 +218,29 @@ class ReviewKD(nn.Module):
                 deeper = F.interpolate(deeper, x.shape[-2:], mode="nearest")
                 gate = torch.sigmoid(self.gates[level](torch.cat([x, deeper], 1)))  # [B,2,h,w]
                 x = x * gate[:, :1] + deeper * gate[:, 1:]
-            deeper = F.interpolate(x, teacher_maps[level].shape[-2:], mode="nearest")
-            results.insert(0, self.outward[level](deeper))
+            x = F.interpolate(x, teacher_maps[level].shape[-2:], mode="nearest")
+            results.insert(0, self.outward[level](x))
+            deeper = x
         return results
 
 
-def hcl_loss(student_maps: list[Tensor], teacher_maps: list[Tensor]) -> Tensor:
+def hcl_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor]) -> torch.Tensor:
     """Hierarchical context loss: MSE at full size and pooled to 4, 2, 1, summed over the levels.
 
-    Lists of [B,C,H,W], equal shapes. Weights 1, 1/2, 1/4, 1/8, divided by their sum; pooled sizes
-    that are not smaller than H are left out. Usual weight 0.6 to 8. Source: arXiv 2104.09044.
+    Lists of [B,C,H,W], equal shapes. Weights 1, 1/2, 1/4, 1/8, in this order over the sizes used,
+    divided by their sum; a pooled size that is not below H is not used. Usual weight of the loss
+    0.6 to 8. Source: arXiv 2104.09044.
     """
     total = 0.0
-    for s, t in zip(student_maps, teacher_maps):
+    for s, t in zip(student_maps, teacher_maps, strict=True):
         s, t = _full(s), _full(t.detach())
-        loss, weights = F.mse_loss(s, t), 1.0
-        for size, scale in ((4, 0.5), (2, 0.25), (1, 0.125)):
+        loss, weight_sum, scale = F.mse_loss(s, t), 1.0, 1.0
+        for size in (4, 2, 1):
             if size < s.shape[-2]:
+                scale /= 2
                 pooled = [F.adaptive_avg_pool2d(x, size) for x in (s, t)]
-                loss, weights = loss + scale * F.mse_loss(*pooled), weights + scale
-        total = total + loss / weights
+                loss, weight_sum = loss + scale * F.mse_loss(*pooled), weight_sum + scale
+        total = total + loss / weight_sum
     return total
 
 
@@ -231,7 +248,7 @@ def hcl_loss(student_maps: list[Tensor], teacher_maps: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def compute_class_means(teacher: nn.Module, batches, num_classes: int) -> Tensor:
+def compute_class_means(teacher: nn.Module, batches, num_classes: int) -> torch.Tensor:
     """The teacher's mean embedding of each class, [K,D] float32, summed in double precision.
 
     batches: pairs of images [B,3,H,W] and labels [B]. The teacher is used in eval mode. UserError:
@@ -248,134 +265,122 @@ def compute_class_means(teacher: nn.Module, batches, num_classes: int) -> Tensor
         sums.index_add_(0, labels, embedding)
         counts += labels.bincount(minlength=num_classes)
     teacher.train(was_training)
-    missing = [k for k in range(num_classes) if sums is None or counts[k] == 0]
+    missing = [0] if sums is None else (counts == 0).nonzero().flatten().tolist()
     if missing:
         raise UserError(f"class means: no training image of class {missing[0]}")
     return (sums / counts[:, None]).float()
 
 
-def load_class_means(args, data, teacher, run) -> Tensor:
-    """From the run's folder if they are this teacher's on this data; else computed and kept there."""
-    path = run.dir / "class_means.pt"
+def load_class_means(args, data, teacher, run) -> torch.Tensor:
+    """Kept in the run's folder; computed anew if that file is of another teacher or other data."""
+
+    def compute():
+        seed = 0 if args.class_means == "augmented" else None  # None: in order, as they are
+        batches = data.batches("train", 500, seed, augment=seed is not None)
+        return compute_class_means(teacher.net, batches, data.num_classes).cpu()
+
     made_by = {"teacher": teacher.hash, "data": data.fingerprint, "images": args.class_means}
-    made_by |= {"precision": args.precision}
-    if path.exists():
-        saved = read_checkpoint(path)
-        if isinstance(saved, dict) and saved.get("made_by") == made_by:
-            return saved["class_means"].to(data.device)
-    augmented = args.class_means == "augmented"
-    batches = data.batches("train", 500, seed=0 if augmented else None, augment=augmented)
-    with autocast(args, data.device):
-        class_means = compute_class_means(teacher.net, batches, data.num_classes)
-    save_whole(path, {"class_means": class_means.cpu(), "made_by": made_by})
-    return class_means
+    return kept(run.dir / "class_means.pt", made_by, compute).to(data.device)
 
 
-def review_maps(features, before_relu: bool) -> list[Tensor]:
-    """The levels ReviewKD compares: the stage outputs and the embedding as a 1x1 map."""
+def review_maps(features, before_relu: bool) -> list[torch.Tensor]:
+    """The levels of ReviewKD: the stage outputs (as published, the teacher's before their last
+    ReLU and the student's after it) and, as the deepest, the embedding as a 1x1 map."""
     maps = features.preact if before_relu else features.maps
     return [*maps, features.embedding[:, :, None, None]]
 
 
-# The paper's weights for the six CIFAR-100 pairs (its code's training scripts; ce_weight 1).
-#            KD++: kd, nd    DKD++: alpha, beta, nd    DIST++: kd, nd    ReviewKD++: kd, nd
+BASES = {"kd": "KD", "dkd": "DKD", "dist": "DIST", "reviewkd": "ReviewKD"}
+# The paper's weights for its six CIFAR-100 pairs, from its code's training scripts; ce_weight 1.
 PAPER_WEIGHTS = {
-    "resnet56 resnet20": {"kd": (1.0, 2.0), "dkd": (2.5, 4.0, 3.5), "dist": (2.0, 1.0), "reviewkd": (1.2, 1.0)},
-    "resnet32x4 resnet8x4": {"kd": (3.5, 2.0), "dkd": (2.0, 8.0, 0.5), "dist": (1.5, 4.0), "reviewkd": (8.0, 1.0)},
-    "wrn_40_2 wrn_40_1": {"kd": (1.0, 1.5), "dkd": (1.0, 6.0, 1.0), "dist": (2.5, 3.0), "reviewkd": (5.0, 4.0)},
-    "ResNet50 MobileNetV2": {"kd": (3.0, 0.5), "dkd": (0.5, 8.0, 1.0), "dist": (7.0, 1.0), "reviewkd": (6.0, 2.0)},
-    "resnet32x4 ShuffleV1": {"kd": (2.5, 1.5), "dkd": (0.5, 8.0, 4.0), "dist": (2.5, 3.0), "reviewkd": (7.0, 1.0)},
-    "resnet32x4 ShuffleV2": {"kd": (4.0, 0.5), "dkd": (0.5, 6.0, 0.5), "dist": (3.0, 4.0), "reviewkd": (8.0, 1.5)},
-}  # fmt: skip
+    # teacher student         KD++ kd, nd  DKD++ alpha, beta, nd  DIST++ kd, nd  ReviewKD++ kd, nd
+    "resnet56 resnet20": ((1.0, 2.0), (2.5, 4.0, 3.5), (2.0, 1.0), (1.2, 1.0)),
+    "resnet32x4 resnet8x4": ((3.5, 2.0), (2.0, 8.0, 0.5), (1.5, 4.0), (8.0, 1.0)),
+    "wrn_40_2 wrn_40_1": ((1.0, 1.5), (1.0, 6.0, 1.0), (2.5, 3.0), (5.0, 4.0)),
+    "ResNet50 MobileNetV2": ((3.0, 0.5), (0.5, 8.0, 1.0), (7.0, 1.0), (6.0, 2.0)),
+    "resnet32x4 ShuffleV1": ((2.5, 1.5), (0.5, 8.0, 4.0), (2.5, 3.0), (7.0, 1.0)),
+    "resnet32x4 ShuffleV2": ((4.0, 0.5), (0.5, 6.0, 0.5), (3.0, 4.0), (8.0, 1.5)),
+}
+
+
+def paper_weights(args, base: str) -> tuple[dict, str]:
+    """The paper's weights for this pair and base loss, and the pair they are from."""
+    pair = f"{args.teacher} {args.student}"
+    pair = pair if pair in PAPER_WEIGHTS else "resnet56 resnet20"
+    row = dict(zip(BASES, PAPER_WEIGHTS[pair]))[base]
+    if base == "dkd":
+        return dict(kd_weight=1.0, dkd_alpha=row[0], dkd_beta=row[1], nd_weight=row[2]), pair
+    return dict(kd_weight=row[0], nd_weight=row[1]), pair
 
 
 def fill_weights(args) -> None:
-    """Weights not given on the command line: the paper's for this pair, else for resnet56-resnet20."""
-    pair = f"{args.teacher} {args.student}"
-    known = pair if pair in PAPER_WEIGHTS else "resnet56 resnet20"
-    row = PAPER_WEIGHTS[known][args.base]
-    paper = {"kd_weight": row[0], "nd_weight": row[-1]}
-    if args.base == "dkd":  # alpha and beta are its weights
-        paper |= {"kd_weight": 1.0, "dkd_alpha": row[0], "dkd_beta": row[1]}
-    if args.direction_weight or args.norm_weight:
-        paper["nd_weight"] = 0.0  # an ablation puts its terms in the place of ND
-    used = {k: v for k, v in paper.items() if getattr(args, k, None) is None}
-    vars(args).update(used)
-    if used:
-        source = "" if pair == known else f" (no paper weights for {pair}; those of {known})"
-        print(f"weights{source}: " + ", ".join(f"{k} {v:g}" for k, v in used.items()), flush=True)
+    """Weights that the command line leaves open: the paper's, said aloud."""
+    if args.nd_weight is None and (args.direction_weight or args.norm_weight):
+        args.nd_weight = 0.0  # an ablation puts its terms in the place of ND
+    weights, pair = paper_weights(args, args.base)
+    weights = {k: v for k, v in weights.items() if getattr(args, k) is None}
+    vars(args).update(weights)
+    asked = f"{args.teacher} {args.student}"
+    source = "the paper's" if pair == asked else f"none known for {asked}, so those of {pair}"
+    if weights:
+        print(f"weights ({source}):", *(f"{k} {v:g}" for k, v in weights.items()), flush=True)
 
 
 def method_name(args) -> str:
-    base = {"kd": "KD", "dkd": "DKD", "dist": "DIST", "reviewkd": "ReviewKD"}[args.base]
-    parts = [base] if args.kd_weight else ["CE"]
-    if args.nd_weight:
-        parts = [base + "++"] if args.kd_weight else ["CE", "ND"]
+    plus = "++" if args.nd_weight else ""
+    parts = [BASES[args.base] + plus] if args.kd_weight else ["CE"] + ["ND"] * bool(plus)
     parts += ["direction"] * bool(args.direction_weight) + ["norm"] * bool(args.norm_weight)
-    return "+".join(parts)
+    return " + ".join(parts)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = Parser(__doc__)
     network = one_of("model", model_names())
 
-    add = parser.add_argument_group("method (defaults: the paper's for the pair)").add_argument
+    add = parser.add_argument_group("method (weights: the paper's for the pair)").add_argument
     add("--teacher", type=network, default="resnet56", metavar="NAME", help="(resnet56)")
     add("--student", type=network, default="resnet20", metavar="NAME", help="(resnet20)")
-    add(
-        "--base",
-        choices=("kd", "dkd", "dist", "reviewkd"),
-        default="kd",
-        help="loss that ND joins (kd)",
-    )
+    add("--base", choices=tuple(BASES), default="kd", help="the loss that ND joins (kd)")
     add("--ce-weight", type=weight, default=1.0, metavar="X", help="of the cross-entropy (1)")
     add("--kd-weight", type=weight, metavar="X", help="of the base loss; 0 switches it off")
     add("--nd-weight", type=weight, metavar="X", help="of ND; 0 gives the base method alone")
-    add("--direction-weight", type=weight, default=0.0, metavar="X", help="ablation: the direction"
-        " alone, in the place of ND unless --nd-weight is given too (0)")  # fmt: skip
-    add("--norm-weight", type=weight, default=0.0, metavar="X", help="ablation: the norm alone (0)")
+    add("--direction-weight", type=weight, default=0.0, metavar="X", help=HELP_DIRECTION)
+    add("--norm-weight", type=weight, default=0.0, metavar="X", help="likewise the norm alone (0)")
     add("--temperature", type=positive, default=4.0, metavar="T", help="of KD, DKD, DIST (4)")
-    add("--dkd-alpha", type=weight, metavar="X", help="DKD: weight of true class against the rest")
-    add("--dkd-beta", type=weight, metavar="X", help="DKD: weight of the rest among themselves")
-    add("--class-means", choices=("clean", "augmented"), default="clean",
-        help="images they are averaged over; augmented is the official way (clean)")  # fmt: skip
+    add("--dkd-alpha", type=weight, metavar="X", help="DKD: true class against all others")
+    add("--dkd-beta", type=weight, metavar="X", help="DKD: the others among themselves")
+    add("--class-means", choices=("clean", "augmented"), default="clean", help=HELP_MEANS)
 
     add = parser.add_argument_group("recipe").add_argument
-    add(
-        "--epochs",
-        type=positive_int,
-        default=240,
-        metavar="N",
-        help="drops and warm-up scale along (240)",
-    )
+    add("--epochs", type=positive_int, default=240, metavar="N", help="drops scale along (240)")
     add("--teacher-epochs", type=positive_int, metavar="N", help="if it must be trained (--epochs)")
     add("--batch-size", type=positive_int, default=128, metavar="N", help="(128)")
-    add("--lr", type=positive, metavar="X", help="lower it if the first epoch diverges (0.1; 0.02 for"
-        " MobileNet and ShuffleNet)")  # fmt: skip
+    add("--lr", type=positive, metavar="X", help=HELP_LR)
     add("--momentum", type=weight, default=0.9, metavar="X", help="Nesterov (0.9)")
     add("--weight-decay", type=weight, default=5e-4, metavar="X", help="(0.0005)")
 
     add_run_arguments(parser)
     args = parser.parse_args(argv)
     args.script = "nd"
-    args.teacher_lr = args.lr or default_lr(args.teacher)
+    args.teacher_lr = default_lr(args.teacher)
     args.lr = args.lr or default_lr(args.student)
     if args.batch_size < 2:
         raise UserError("--batch-size 1: BatchNorm needs 2 or more")
     if not args.eval:
         fill_weights(args)
-        if not any(
-            (
-                args.ce_weight,
-                args.kd_weight,
-                args.nd_weight,
-                args.direction_weight,
-                args.norm_weight,
+        if not args.ce_weight and (not args.kd_weight or args.base == "reviewkd"):
+            raise UserError(
+                "--ce-weight 0: nothing else trains the classifier; use KD, DKD or DIST"
             )
-        ):
-            raise UserError("--ce-weight 0 and every other weight 0: nothing left to train on")
-    args.method = method_name(args)
+        args.method = method_name(args)
     return args
+
+
+HELP_DIRECTION = "ablation: the direction alone, in ND's place unless --nd-weight is given too (0)"
+HELP_MEANS = "images they are averaged over; augmented is the official way (clean)"
+HELP_LR = (
+    "of the student; lower it if the first epoch diverges (0.1; 0.02 for MobileNet and ShuffleNet)"
+)
 
 
 def default_lr(name: str) -> float:
@@ -383,8 +388,8 @@ def default_lr(name: str) -> float:
 
 
 def main(args) -> dict:
-    """One run, from data to result. Without a teacher (args.teacher None) it is plain training:
-    that is how the teacher itself is trained."""
+    """One run, from data to result. With args.teacher None and every weight 0 but that of CE it is
+    plain training: so is the teacher trained."""
     run = Run(args)
     device = pick_device(args.device)
     data = load_data(args, device)
@@ -395,7 +400,7 @@ def main(args) -> dict:
     # Student. Seeded here, so that its start does not depend on what happened before.
     torch.manual_seed(args.seed)
     student = build_model(args.student, data.num_classes)
-    student_sees = probe(student, data)  # Features of two images, for the widths
+    student_sees = probe(student, data)  # to read off the widths
 
     # What is trained beside the student and thrown away afterwards.
     helpers = nn.ModuleDict()
@@ -405,9 +410,8 @@ def main(args) -> dict:
         teacher_sees = probe(teacher.net, data)
         width, teacher_width = student_sees.embedding.shape[1], teacher_sees.embedding.shape[1]
         if uses_embedding and width != teacher_width:
-            helpers["projector"] = nn.Sequential(
-                nn.BatchNorm1d(width), nn.Dropout(0.5), nn.Linear(width, teacher_width)
-            )
+            layers = nn.BatchNorm1d(width), nn.Dropout(0.5), nn.Linear(width, teacher_width)
+            helpers["projector"] = nn.Sequential(*layers)
         if args.base == "reviewkd" and args.kd_weight:
             student_channels = [m.shape[1] for m in review_maps(student_sees, before_relu=False)]
             teacher_channels = [m.shape[1] for m in review_maps(teacher_sees, before_relu=True)]
@@ -418,19 +422,21 @@ def main(args) -> dict:
                 )
             mid_channels = min(512, student_channels[-1])
             helpers["review"] = ReviewKD(student_channels, teacher_channels, mid_channels)
-    class_means = load_class_means(args, data, teacher, run) if uses_embedding else None
+    uses_means = args.nd_weight or args.direction_weight
+    class_means = load_class_means(args, data, teacher, run) if uses_means else None
 
     # Optimizer: SGD with Nesterov momentum, one group for student and helpers alike.
     student = student.to(device, memory_format=torch.channels_last)
     helpers = helpers.to(device)
     optimizer = torch.optim.SGD(
         [*student.parameters(), *helpers.parameters()],
-        lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=args.momentum > 0,
-    )  # fmt: skip
-    run_student = torch.compile(student) if args.compile else student
-    run_teacher = (
-        torch.compile(teacher.net) if args.compile and teacher else teacher and teacher.net
+        lr=args.lr,
+        momentum=args.momentum,
+        nesterov=args.momentum > 0,
+        weight_decay=args.weight_decay,
     )
+    faster = torch.compile if args.compile else lambda network: network
+    run_student, run_teacher = faster(student), teacher and faster(teacher.net)
 
     state = {"student": student, "helpers": helpers, "optimizer": optimizer}
     state |= {"data": data.fingerprint, "teacher": teacher and teacher.hash}
@@ -439,10 +445,11 @@ def main(args) -> dict:
         student.train()
         helpers.train()
         meter = Meter(epoch, args.epochs, len(data.train.labels))
-        batches = data.batches("train", args.batch_size, args.seed * 100_003 + epoch, augment=True)
+        shuffle = args.seed * 100_003 + epoch  # another for every seed and epoch
+        batches = data.batches("train", args.batch_size, shuffle, augment=True)
         for step, (images, labels) in enumerate(batches):
-            # Schedule, written for 240 epochs and played faster or slower for another number:
-            # lr x 0.1 at 150, 180, 210; the base loss grows from 0 over the first 20; ND does not.
+            # Schedule, written for 240 epochs and played faster or slower for another number; `now`
+            # is which of them. lr / 10 at 150, 180 and 210; base loss growing over the first 20.
             now = 240 * (epoch * steps + step) // (args.epochs * steps)
             lr = args.lr / 10 ** sum(now >= drop for drop in (150, 180, 210))
             warm_up = min(1.0, now / 20)
@@ -461,19 +468,19 @@ def main(args) -> dict:
                     student_maps = review_maps(features, before_relu=False)
                     student_maps = helpers["review"](student_maps, teacher_maps)
 
-            # Losses, outside autocast and in float32. A term of weight 0 is not computed.
+            # Losses, outside autocast and in float32. A method's term of weight 0 is not computed.
             base = nd = direction = norm = 0.0
             ce = F.cross_entropy(logits.float(), labels)
-            if args.kd_weight and args.base == "kd":
-                base = kd_loss(logits, teacher_logits, args.temperature)
-            elif args.kd_weight and args.base == "dkd":
-                base = dkd_loss(
-                    logits, teacher_logits, labels, args.dkd_alpha, args.dkd_beta, args.temperature
-                )
-            elif args.kd_weight and args.base == "dist":
-                base = dist_loss(logits, teacher_logits, temperature=args.temperature)
-            elif args.kd_weight and args.base == "reviewkd":
-                base = hcl_loss(student_maps, teacher_maps)
+            if args.kd_weight:
+                if args.base == "kd":
+                    base = kd_loss(logits, teacher_logits, args.temperature)
+                elif args.base == "dkd":
+                    alpha, beta = args.dkd_alpha, args.dkd_beta
+                    base = dkd_loss(logits, teacher_logits, labels, alpha, beta, args.temperature)
+                elif args.base == "dist":
+                    base = dist_loss(logits, teacher_logits, temperature=args.temperature)
+                elif args.base == "reviewkd":
+                    base = hcl_loss(student_maps, teacher_maps)
             if args.nd_weight:
                 nd = nd_loss(embedding, teacher_features.embedding, class_means, labels)
             if args.direction_weight:
@@ -487,31 +494,27 @@ def main(args) -> dict:
             loss.backward()
             optimizer.step()
             terms = {"ce": ce, args.base: base, "nd": nd, "direction": direction, "norm": norm}
-            meter.add(logits, labels, **{k: v for k, v in terms.items() if torch.is_tensor(v)})
+            meter.add(logits, labels, terms)
 
         metrics = meter.close() | {"test_top1": evaluate(student, data, args), "lr": lr}
         meter.report(metrics)
         run.end_epoch(metrics, **state)
 
-    return run.finish(
-        student,
-        teacher_top1=teacher and teacher.top1,
-        teacher_hash=teacher and teacher.hash,
-        train_images=len(data.train.labels),
-        test_images=len(data.test.labels),
-        data_hash=data.fingerprint,
-    )
+    return run.finish(student, data, teacher)
 
 
 def program(argv=None) -> None:
     args = parse_args(argv)
-    off = dict(kd_weight=0.0, nd_weight=0.0, direction_weight=0.0, norm_weight=0.0, ce_weight=1.0)
-    pair = PAPER_WEIGHTS.get(f"{args.teacher} {args.student}", PAPER_WEIGHTS["resnet56 resnet20"])
-    kd_weight = args.kd_weight if args.base == "kd" and args.kd_weight else pair["kd"][0]
-    launch(main, args, baselines={
-        "ce": off | {"method": "CE"},
-        "kd": off | {"base": "kd", "kd_weight": kd_weight, "method": "KD"},
-    })  # fmt: skip
+    ce = dict(method="CE", ce_weight=1.0, kd_weight=0.0, nd_weight=0.0)
+    ce |= dict(direction_weight=0.0, norm_weight=0.0)
+
+    def without_nd(base):  # with the weight that the base loss has beside ND
+        given = args.kd_weight if base == args.base else None
+        kd_weight = given or paper_weights(args, base)[0]["kd_weight"]
+        return ce | dict(method=BASES[base], base=base, kd_weight=kd_weight)
+
+    baselines = {"ce": ce, "kd": without_nd("kd"), args.base: without_nd(args.base)}
+    launch(main, args, baselines)
 
 
 if __name__ == "__main__":

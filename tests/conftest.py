@@ -1,0 +1,16 @@
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def cwd(tmp_path, monkeypatch):
+    """An empty folder to run in: `runs/`, `checkpoints/` and `data/` are made there."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,456 @@
+"""Networks, checkpoints and data of common.py."""
+
+import io
+import json
+import pickle
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+from common import UserError, build_model, load_weights
+
+# name: parameters with 100 and with 10 classes, state-dict entries, embedding width, map shapes
+ZOO = {
+    "resnet8": (83892, 78042, 56, 64, [(16, 32), (32, 16), (64, 8)]),
+    "resnet14": (181108, 175258, 92, 64, [(16, 32), (32, 16), (64, 8)]),
+    "resnet20": (278324, 272474, 128, 64, [(16, 32), (32, 16), (64, 8)]),
+    "resnet32": (472756, 466906, 200, 64, [(16, 32), (32, 16), (64, 8)]),
+    "resnet44": (667188, 661338, 272, 64, [(16, 32), (32, 16), (64, 8)]),
+    "resnet56": (861620, 855770, 344, 64, [(16, 32), (32, 16), (64, 8)]),
+    "resnet110": (1736564, 1730714, 668, 64, [(16, 32), (32, 16), (64, 8)]),
+    "resnet8x4": (1233540, 1210410, 62, 256, [(64, 32), (128, 16), (256, 8)]),
+    "resnet32x4": (7433860, 7410730, 206, 256, [(64, 32), (128, 16), (256, 8)]),
+    "ResNet50": (23705252, 23520842, 320, 2048, [(256, 32), (512, 16), (1024, 8), (2048, 4)]),
+    "wrn_16_1": (180916, 175066, 82, 64, [(16, 32), (32, 16), (64, 8)]),
+    "wrn_16_2": (703284, 691674, 83, 128, [(32, 32), (64, 16), (128, 8)]),
+    "wrn_40_1": (569780, 563930, 226, 64, [(16, 32), (32, 16), (64, 8)]),
+    "wrn_40_2": (2255156, 2243546, 227, 128, [(32, 32), (64, 16), (128, 8)]),
+    "vgg8": (3965028, 3918858, 37, 512, [(128, 16), (256, 8), (512, 4), (512, 4)]),
+    "vgg11": (9277284, 9231114, 58, 512, [(128, 16), (256, 8), (512, 4), (512, 4)]),
+    "vgg13": (9462180, 9416010, 72, 512, [(128, 16), (256, 8), (512, 4), (512, 4)]),
+    "vgg16": (14774436, 14728266, 93, 512, [(128, 16), (256, 8), (512, 4), (512, 4)]),
+    "vgg19": (20086692, 20040522, 114, 512, [(128, 16), (256, 8), (512, 4), (512, 4)]),
+    "MobileNetV2": (812836, 697546, 320, 1280, [(12, 16), (16, 8), (48, 4), (160, 2)]),
+    "ShuffleV1": (949258, 862768, 296, 960, [(240, 16), (480, 8), (960, 4)]),
+    "ShuffleV2": (1355528, 1263278, 338, 1024, [(116, 16), (232, 8), (464, 4)]),
+}
+KEYS = {  # some of the names that published checkpoints use
+    "resnet56": {"layer3.8.bn2.running_var", "layer2.0.downsample.1.bias", "fc.weight"},
+    "resnet32x4": {"layer1.0.downsample.0.weight", "layer3.4.conv2.weight", "fc.bias"},
+    "ResNet50": {"layer4.2.conv3.weight", "layer1.0.shortcut.1.weight", "linear.weight"},
+    "wrn_40_2": {"block1.layer.0.convShortcut.weight", "block3.layer.5.bn2.bias", "bn1.weight"},
+    "vgg13": {"block0.3.bias", "block4.4.running_mean", "classifier.bias"},
+    "vgg19": {"block3.10.num_batches_tracked", "block2.9.weight"},
+    "MobileNetV2": {
+        "conv1.0.weight",
+        "blocks.3.3.conv.7.bias",
+        "conv2.1.weight",
+        "classifier.0.bias",
+    },
+    "ShuffleV1": {"layer2.7.conv2.weight", "layer1.0.bn3.weight", "linear.bias"},
+    "ShuffleV2": {"layer1.0.conv5.weight", "layer2.7.bn3.bias", "conv2.weight", "bn2.bias"},
+}
+
+
+def in_eval(name, classes=100):
+    """A network whose BatchNorm statistics are not the initial ones."""
+    torch.manual_seed(0)
+    net = build_model(name, classes)
+    net.train()
+    net(torch.randn(8, 3, 32, 32))
+    return net.eval()
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_zoo(name):
+    parameters, with_ten, entries, width, maps = ZOO[name]
+    net = build_model(name, 100)
+    assert sum(p.numel() for p in net.parameters()) == parameters
+    assert sum(p.numel() for p in build_model(name, 10).parameters()) == with_ten
+    assert len(net.state_dict()) == entries
+    assert KEYS.get(name, set()) <= net.state_dict().keys()
+    net.eval()
+    x = torch.randn(2, 3, 32, 32)
+    logits, features = net(x, return_features=True)
+    assert torch.equal(net(x), logits) and logits.shape == (2, 100)
+    assert features.embedding.shape == (2, width)
+    assert [tuple(m.shape[1:3]) for m in features.maps] == maps
+    assert [m.shape for m in features.preact] == [m.shape for m in features.maps]
+
+
+def test_zoo_is_complete():
+    assert set(common.ZOO) == set(ZOO) and len(ZOO) == 22
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet8x4", "ResNet50", "vgg13", "ShuffleV1"])
+def test_preact_is_the_map_before_its_relu(name):
+    _, features = in_eval(name)(torch.randn(2, 3, 32, 32), return_features=True)
+    for before, after in zip(features.preact, features.maps):
+        assert torch.equal(before.relu(), after) and before.min() < 0
+
+
+@pytest.mark.parametrize("name", ["wrn_16_1", "wrn_16_2"])
+def test_preact_of_a_wide_resnet_is_the_map_after_the_next_batchnorm(name):
+    net = in_eval(name)
+    _, features = net(torch.randn(2, 3, 32, 32), return_features=True)
+    following = [net.block2.layer[0].bn1, net.block3.layer[0].bn1, net.bn1]
+    for bn, sums, preact in zip(following, features.maps, features.preact):
+        assert torch.equal(bn(sums), preact)
+
+
+def test_the_embedding_is_what_the_classifier_sees():
+    for name in (
+        "resnet8",
+        "wrn_16_1",
+        "vgg8",
+        "MobileNetV2",
+        "ShuffleV2",
+        "resnet18",
+        "mobilenet_v2",
+    ):
+        net = in_eval(name, 7)
+        logits, features = net(torch.randn(2, 3, 64, 64), return_features=True)
+        head = [m for m in net.modules() if isinstance(m, torch.nn.Linear)][-1]
+        assert torch.allclose(head(features.embedding), logits)
+
+
+def test_torchvision_models_keep_their_state_dict():
+    import torchvision
+
+    net = build_model("resnet18", 10)
+    plain = torchvision.models.resnet18(num_classes=10)
+    assert net.state_dict().keys() == plain.state_dict().keys()
+    plain.load_state_dict(net.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(plain.eval()(x), net.eval()(x))
+    assert [m.shape[1] for m in net(x, return_features=True)[1].maps] == [64, 128, 256, 512]
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet8", "resnet56", "wrn_16_1", "wrn_16_2", "vgg8", "MobileNetV2", "ShuffleV1",
+             "ShuffleV2", "ResNet50", "resnet18", "densenet121"]
+)  # fmt: skip
+def test_folding_batchnorm_keeps_the_outputs(name):
+    net = in_eval(name, 10)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    x = torch.randn(4, 3, 32, 32)
+    folded = common.fold_batchnorm(net, x[:2])
+    (logits, features), (new_logits, new_features) = (
+        n(x, return_features=True) for n in (net, folded)
+    )
+    assert (logits - new_logits).abs().max() <= 1e-5 * max(1, logits.abs().max())
+    for a, b in zip(features.preact, new_features.preact):
+        assert torch.allclose(a, b, atol=1e-4 * max(1, float(a.abs().max())))
+    count = lambda n: sum(isinstance(m, torch.nn.BatchNorm2d) for m in n.modules())  # noqa: E731
+    assert count(folded) < count(net) and not any(p.requires_grad for p in folded.parameters())
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [None, "model", "state_dict", "student"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_load_weights_takes_the_usual_layouts(tmp_path, wrap, prefix):
+    net, other = build_model("resnet8", 10), build_model("resnet8", 10)
+    state = {prefix + k: v for k, v in net.state_dict().items() if "num_batches" not in k}
+    torch.save({wrap: state, "epoch": 240, "accuracy": 0.7} if wrap else state, tmp_path / "a.pth")
+    load_weights(other, tmp_path / "a.pth")
+    for name, value in net.named_parameters():
+        assert torch.equal(value, other.get_parameter(name))
+
+
+def refuse(tmp_path, content, words, net="resnet8"):
+    path = tmp_path / "bad.pth"
+    path.write_bytes(content)
+    model = build_model(net, 10)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(UserError, match=words) as error:
+        load_weights(model, path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def saved(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ("exploded", "w"))
+
+
+def test_bad_checkpoints_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = saved(build_model("resnet8", 10).state_dict())
+    refuse(tmp_path, b"", "half-written|damaged")
+    refuse(tmp_path, good[: len(good) // 2], "half-written|damaged")
+    refuse(tmp_path, b"hello, I am text", "damaged|not a checkpoint")
+    refuse(tmp_path, saved({"model": Bomb()}), "state dict alone")
+    refuse(tmp_path, pickle.dumps({"model": Bomb()}), "state dict alone|damaged|not a checkpoint")
+    assert not (tmp_path / "exploded").exists()
+    refuse(
+        tmp_path, saved(build_model("resnet8", 100).state_dict()), "fc.weight.*number of classes"
+    )
+    refuse(tmp_path, saved(build_model("resnet14", 10).state_dict()), "another architecture")
+    refuse(tmp_path, saved(build_model("wrn_16_1", 10).state_dict()), "another architecture")
+    refuse(tmp_path, saved({"model": {"fc.weight": torch.zeros(10, 64)}}), "another architecture")
+    refuse(tmp_path, saved([1, 2, 3]), "no state dict")
+    refuse(tmp_path, saved({"epoch": 3}), "no state dict")
+    with pytest.raises(UserError, match="no such file"):
+        load_weights(build_model("resnet8", 10), tmp_path / "absent.pth")
+
+
+def test_every_cut_of_a_checkpoint_is_refused(tmp_path):
+    good = saved(build_model("resnet8", 10).state_dict())
+    for cut in range(1, len(good) - 1, len(good) // 25):
+        refuse(tmp_path, good[:cut], "half-written|damaged|not a checkpoint|no state dict")
+
+
+def test_state_hash_sees_every_tensor():
+    net = build_model("resnet8", 10)
+    first = common.state_hash(net)
+    assert first == common.state_hash(net)
+    net.bn1.running_mean[0] += 1e-6
+    assert common.state_hash(net) != first
+
+
+def test_files_are_replaced_whole(tmp_path):
+    path = tmp_path / "f.pt"
+    common.save_whole(path, {"a": 1})
+    with pytest.raises(RuntimeError):
+
+        class Stubborn:
+            def __reduce__(self):
+                raise RuntimeError("cannot be pickled")
+
+        common.save_whole(path, {"a": 2, "b": Stubborn()})
+    assert common.read_checkpoint(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def arguments(**changes):
+    import argparse
+
+    values = dict(dataset="shapes", data_dir="data", image_size=None, train_size=None, workers=2)
+    return argparse.Namespace(**values | changes)
+
+
+CPU = torch.device("cpu")
+
+
+def tree(root, classes=3, train=4, test=2, size=32, splits=("train", "val")):
+    rng = np.random.default_rng(0)
+    for split, count in zip(splits, (train, test)):
+        for k in range(classes):
+            folder = root / split / f"class{k}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (size, size, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+def test_shapes_are_deterministic_balanced_and_fast():
+    start = time.perf_counter()
+    first = common.draw_shapes(6000, 0)
+    seconds = time.perf_counter() - start
+    print(f"6,000 shapes in {seconds:.2f} s")  # the bound, 3 s, is the benchmark's to check
+    again, other = common.draw_shapes(600, 7), common.draw_shapes(600, 8)
+    assert torch.equal(again.images, common.draw_shapes(600, 7).images)
+    assert not torch.equal(again.images, other.images)
+    assert len(common.SHAPE_CLASSES) >= 20
+    assert first.labels.bincount().tolist() == [250] * 24
+    assert first.images.shape == (6000, 32, 32, 3) and first.images.dtype == torch.uint8
+    assert len({image.tobytes() for image in first.images.numpy()}) == 6000  # no two alike
+    assert not {i.tobytes() for i in again.images.numpy()} & {
+        i.tobytes() for i in other.images.numpy()
+    }
+
+
+def test_augmentation_equals_a_literal_loop():
+    """Every image is a 32-pixel window of its zero-padded self, perhaps mirrored; and all occur."""
+    data = common.Data(
+        "shapes", common.draw_shapes(64, 0), common.draw_shapes(24, 1), ["c"] * 24, CPU
+    )
+    seen = set()
+    for images, labels in data.batches("train", 16, seed=3, augment=True):
+        raw = (images * data.std + data.mean).round().byte().permute(0, 2, 3, 1)
+        for image, label in zip(raw, labels):
+            found = None
+            for i in range(64):
+                if data.train.labels[i] != label:
+                    continue
+                padded = torch.zeros(40, 40, 3, dtype=torch.uint8)
+                padded[4:36, 4:36] = data.train.images[i]
+                for dy in range(9):
+                    for dx in range(9):
+                        window = padded[dy : dy + 32, dx : dx + 32]
+                        for flip in (False, True):
+                            if torch.equal(window.flip(1) if flip else window, image):
+                                found = (i, dy, dx, flip)
+            assert found is not None
+            seen.add(found)
+    assert len({s[0] for s in seen}) == 64  # each image once
+    assert {s[3] for s in seen} == {False, True} and len({s[1:3] for s in seen}) > 30
+
+
+def test_normalisation_and_order():
+    data = common.load_data(arguments(train_size=100), CPU)
+    images, labels = next(data.batches("train", 100))
+    expected = (data.train.images.double() / 255 - 0.5) / 0.25
+    assert torch.allclose(images.permute(0, 2, 3, 1).double(), expected, atol=1e-5)
+    assert torch.equal(labels, data.train.labels) and images.is_contiguous(
+        memory_format=torch.channels_last
+    )
+    one, two = ([y for _, y in data.batches("train", 32, seed=s)] for s in (5, 5))
+    assert all(torch.equal(a, b) for a, b in zip(one, two)) and sum(map(len, one)) == 100
+    other = torch.cat([y for _, y in data.batches("train", 32, seed=6)])
+    assert not torch.equal(torch.cat(one), other)
+
+
+def test_a_last_batch_of_one_is_left_out_when_training_only():
+    data = common.load_data(arguments(train_size=33), CPU)
+    assert [len(y) for _, y in data.batches("train", 16, seed=0)] == [16, 16]
+    assert (
+        data.steps(16) == 2 and data.steps(11) == 3 and data.steps(20) == 2 and data.steps(64) == 1
+    )
+    assert [len(y) for _, y in data.batches("train", 16)] == [16, 16, 1]
+
+
+def test_train_size_is_even_over_classes_and_the_same_every_time():
+    data = common.load_data(arguments(train_size=60), CPU)
+    counts = data.train.labels.bincount(minlength=24)
+    assert counts.min() == 2 and counts.max() == 3 and len(data.test.labels) == 1000
+    common._LOADED.clear()
+    assert common.load_data(arguments(train_size=60), CPU).fingerprint == data.fingerprint
+    for size in (23, 5001):
+        with pytest.raises(UserError, match=f"--train-size {size}"):
+            common.load_data(arguments(train_size=size), CPU)
+
+
+def test_a_tree_is_decoded_once(tmp_path, capsys):
+    tree(tmp_path)
+    options = arguments(dataset="folder", data_dir=str(tmp_path))
+    first = common.load_data(options, CPU)
+    common._LOADED.clear()
+    capsys.readouterr()
+    again = common.load_data(options, CPU)
+    assert "decoding" not in capsys.readouterr().out and again.fingerprint == first.fingerprint
+    image = Image.open(tmp_path / "train" / "class1" / "2.png")
+    assert np.array_equal(first.train.images[6].numpy(), np.asarray(image))
+    assert first.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and first.num_classes == 3
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "train" / "class1" / "2.png")
+    common._LOADED.clear()
+    assert common.load_data(options, CPU).fingerprint != first.fingerprint  # a changed file counts
+    (tmp_path / ".decoded-train-32.pt").write_bytes(b"torn")
+    common._LOADED.clear()
+    assert common.load_data(options, CPU).train.images[6].sum() == 0
+
+
+def test_cifar100_from_a_tree_uses_its_own_statistics(tmp_path):
+    tree(tmp_path / "cifar100", classes=2, splits=("train", "test"))
+    data = common.load_data(arguments(dataset="cifar100", data_dir=str(tmp_path)), CPU)
+    assert data.name == "cifar100" and abs(float(data.mean[0, 0, 0, 0]) - 255 * 0.5071) < 1e-4
+
+
+def test_other_sizes_grey_and_cmyk_images(tmp_path):
+    tree(tmp_path, size=40)
+    Image.fromarray(np.zeros((20, 50), np.uint8)).save(tmp_path / "train" / "class0" / "grey.png")
+    Image.new("CMYK", (64, 48)).save(tmp_path / "train" / "class0" / "ink.jpg")
+    data = common.load_data(arguments(dataset="folder", data_dir=str(tmp_path), image_size=24), CPU)
+    assert data.train.images.shape == (14, 24, 24, 3) and data.pad == 3
+
+
+def test_bad_trees(tmp_path):
+    def fails(words):
+        common._LOADED.clear()
+        with pytest.raises(UserError, match=words) as error:
+            common.load_data(arguments(dataset="folder", data_dir=str(tmp_path)), CPU)
+        assert "\n" not in str(error.value)
+
+    fails("--data-dir.*train")
+    tree(tmp_path)
+    (tmp_path / "train" / "empty").mkdir()
+    fails("empty")
+    (tmp_path / "train" / "empty").rmdir()
+    bad = tmp_path / "train" / "class0" / "bad.png"
+    bad.write_bytes((tmp_path / "train" / "class0" / "0.png").read_bytes()[:300])
+    fails("bad.png")
+    bad.unlink()
+    (tmp_path / "val" / "class2").rename(tmp_path / "val" / "class9")
+    fails("class2|class9")
+
+
+def test_no_data_and_no_network(tmp_path, monkeypatch):
+    def offline(*_args, **_kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", offline)
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    for name in ("cifar100", "cifar10", "stl10"):
+        common._LOADED.clear()
+        with pytest.raises(UserError, match=f"--dataset {name}.*--dataset shapes needs no files"):
+            common.load_data(arguments(dataset=name, data_dir=str(tmp_path)), CPU)
+
+
+def test_official_cifar_files(tmp_path):
+    """The layout of cifar-100-python, written here; only its checksums are not the real ones."""
+    import torchvision
+
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 200), ("test", 100)):
+        pixels = rng.integers(0, 256, (count, 3072), np.uint8)
+        labels = [i % 100 for i in range(count)]
+        (folder / split).write_bytes(pickle.dumps({"data": pixels, "fine_labels": labels}))
+    names = [f"c{i}" for i in range(100)]
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *a: True)
+        data = common.load_data(arguments(dataset="cifar100", data_dir=str(tmp_path)), CPU)
+    assert data.train.images.shape == (200, 32, 32, 3) and data.num_classes == 100
+    first = pickle.loads((folder / "train").read_bytes())["data"][0].reshape(3, 32, 32)
+    assert np.array_equal(data.train.images[0].permute(2, 0, 1).numpy(), first)
+
+
+def test_svhn_digits_are_not_mirrored():
+    split = common.draw_shapes(48, 0)
+    data = common.Data("svhn", split, split, [str(k) for k in range(10)], CPU)
+    mirrored = split.images.flip(2)
+    for images, _ in data.batches("train", 48, seed=0, augment=True):
+        raw = (images * data.std + data.mean).round().byte().permute(0, 2, 3, 1)
+        centre = {r[8:24, 8:24].numpy().tobytes() for r in mirrored[:, 4:28, 4:28]}
+        assert not any(r[8:24, 8:24].numpy().tobytes() in centre for r in raw)
+
+
+# --- table ---------------------------------------------------------------------------------------
+
+
+def test_table_is_computed_from_results(tmp_path, capsys):
+    base = dict(
+        dataset="d", train_images=1000, epochs=3, teacher="t", student="s", teacher_top1=70.0
+    )
+    rows = [dict(base, method="KD", student_top1=v) for v in (60.0, 62.0, 64.0)]
+    rows.append(dict(base, method="CE", student_top1=50.0))
+    paths = []
+    for i, row in enumerate(rows):
+        paths.append(str(tmp_path / f"{i}.json"))
+        (tmp_path / f"{i}.json").write_text(json.dumps(row))
+    common.print_table(paths)
+    out = capsys.readouterr().out
+    assert (
+        "| KD | 3 | 62.00 ± 2.00 | 60.00, 64.00 |" in out
+        and "| CE | 1 | 50.00 | 50.00, 50.00 |" in out
+    )
+    (tmp_path / "bad.json").write_text('{"method": "KD", "stu')
+    with pytest.raises(UserError, match="bad.json"):
+        common.print_table([str(tmp_path / "bad.json")])

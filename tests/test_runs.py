@@ -1,0 +1,619 @@
+"""nd.py as people use it: whole runs, their files, resuming, and how bad input ends."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import common
+import nd
+
+ROOT = Path(nd.__file__).parent
+# A run of a second: two batches an epoch, the smallest networks.
+QUICK = "--dataset shapes --train-size 48 --batch-size 24 --teacher resnet8 --student resnet8"
+
+
+@pytest.fixture(autouse=True)
+def forget_loaded_data():
+    """The test split of `shapes` cut to 48 images: tests need no accuracy."""
+    common._LOADED.clear()
+    common._EVALUATED.clear()
+
+
+@pytest.fixture
+def small_test_split(monkeypatch):
+    draw = common.draw_shapes
+    monkeypatch.setattr(common, "draw_shapes", lambda n, s, size: draw(min(n, 240), s, size))
+
+
+pytestmark = pytest.mark.usefixtures("small_test_split")
+
+
+def run(command, *more):
+    return common.run_program(nd.program, [*shlex.split(command), *more])
+
+
+def result(out):
+    return json.loads((Path(out) / "result.json").read_text())
+
+
+def weights(path):
+    state = torch.load(path, weights_only=True)
+    return {k: v for k, v in state.get("model", state).items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def teacher_file(path="teacher.pth", name="resnet8", classes=24, good=True):
+    """A checkpoint in RepDistiller's layout; `good`: it passes the check against chance."""
+    torch.manual_seed(1)
+    net = common.build_model(name, classes)
+    torch.save({"epoch": 240, "model": net.state_dict(), "accuracy": torch.tensor(70.0)}, path)
+    return path
+
+
+@pytest.fixture
+def any_teacher_passes(monkeypatch):
+    monkeypatch.setattr(common, "near_chance", lambda *a: False)
+
+
+# --- a run and its files -------------------------------------------------------------------------
+
+
+def test_one_command_trains_the_teacher_and_writes_the_run(cwd, capsys):
+    assert run(QUICK, "--epochs", "2") == 0
+    out = cwd / "runs" / "nd-resnet8-resnet8-shapes-s0"
+    assert {p.name for p in out.iterdir()} == {
+        "metrics.jsonl", "result.json", "student.pt", "last.pt", "class_means.pt"
+    }  # fmt: skip
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    for key in ("ce", "kd", "nd", "train_top1", "test_top1", "lr", "seconds", "images_per_second"):
+        assert np.isfinite([line[key] for line in lines]).all(), key
+    r = result(out)
+    assert r["student_top1"] == lines[-1]["test_top1"] and r["method"] == "KD++" and r["seed"] == 0
+    assert r["args"]["kd_weight"] == 1 and r["args"]["nd_weight"] == 2 and r["train_images"] == 48
+    for key in ("argv", "versions", "device", "commit", "teacher_top1", "seconds", "teacher_hash"):
+        assert key in r
+    student = common.build_model("resnet8", 24)
+    student.load_state_dict(weights(out / "student.pt"))  # the student alone, strictly
+    saved = torch.load(cwd / "checkpoints" / "shapes_resnet8.pt", weights_only=True)
+    assert saved["recipe"]["epochs"] == 2 and saved["recipe"]["images"] == 48
+    assert saved["test_top1"] == r["teacher_top1"]
+    text = capsys.readouterr().out
+    assert "none known for resnet8 resnet8" in text and "teacher resnet8" in text
+    # again: the teacher is reused, the result is the same
+    assert run(QUICK, "--epochs", "2") == 0
+    assert "training it" not in capsys.readouterr().out
+    timeless = lambda d: {k: v for k, v in d.items() if k not in TIMES}  # noqa: E731
+    assert timeless(result(out)) == timeless(r)
+
+
+TIMES = ("seconds", "images_per_second", "peak_memory_mb")
+
+
+def test_another_teacher_recipe_is_never_reused(cwd, capsys):
+    assert run(QUICK, "--epochs", "1", "--kd-weight", "0", "--nd-weight", "0") == 0
+    for change, word in (("--teacher-epochs 2", "epochs"), ("--train-size 72", "images")):
+        assert run(f"{QUICK} --epochs 1 --out b {change}") == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error:") and word in error and "--teacher-ckpt" in error
+    assert run(f"{QUICK} --epochs 1 --seed 3") == 0  # the student's seed is not the teacher's
+
+
+@pytest.mark.parametrize("base", list(nd.BASES))
+def test_every_base_with_and_without_nd(cwd, base, any_teacher_passes):
+    teacher_file()
+    for extra, method in (("", nd.BASES[base] + "++"), ("--nd-weight 0", nd.BASES[base])):
+        command = f"{QUICK} --epochs 1 --teacher-ckpt teacher.pth --base {base} {extra} --out o"
+        assert run(command) == 0
+        assert result("o")["method"] == method
+        line = json.loads(Path("o/metrics.jsonl").read_text())
+        assert np.isfinite(line[base]) and ("nd" in line) == (extra == "")
+
+
+def test_ablations_stand_in_the_place_of_nd(cwd, any_teacher_passes):
+    teacher_file()
+    command = f"{QUICK} --epochs 1 --teacher-ckpt teacher.pth --out o --direction-weight 1"
+    assert run(command, "--norm-weight", "1") == 0
+    line = json.loads(Path("o/metrics.jsonl").read_text())
+    assert "direction" in line and "norm" in line and "nd" not in line
+    assert result("o")["method"] == "KD + direction + norm"
+    assert run(command, "--nd-weight", "1", "--kd-weight", "0") == 0
+    assert "nd" in json.loads(Path("o/metrics.jsonl").read_text())
+
+
+@pytest.mark.parametrize("base", ["kd", "reviewkd"])
+@pytest.mark.parametrize("student", ["wrn_16_2", "MobileNetV2"])
+def test_different_widths_train_a_projector_that_is_not_exported(
+    cwd, monkeypatch, student, base, any_teacher_passes
+):
+    teacher_file(
+        "teacher.pth", "ResNet50" if student == "MobileNetV2" and base == "reviewkd" else "resnet8"
+    )
+    teacher = "ResNet50" if student == "MobileNetV2" and base == "reviewkd" else "resnet8"
+    optimizers, made = [], []
+    sgd, module_dict = torch.optim.SGD, torch.nn.ModuleDict
+
+    def spy(parameters, **options):
+        parameters = list(parameters)
+        optimizers.append((parameters, [p.detach().clone() for p in parameters]))
+        return sgd(parameters, **options)
+
+    monkeypatch.setattr(torch.optim, "SGD", spy)
+    monkeypatch.setattr(nd.nn, "ModuleDict", lambda: made.append(module_dict()) or made[-1])
+    command = (
+        f"--dataset shapes --train-size 48 --batch-size 24 --teacher {teacher} --student {student}"
+    )
+    assert run(f"{command} --epochs 1 --teacher-ckpt teacher.pth --base {base} --out o") == 0
+    (parameters, before), helpers = optimizers[0], made[0]
+    projector = helpers["projector"]
+    assert [type(m).__name__ for m in projector] == ["BatchNorm1d", "Dropout", "Linear"]
+    assert projector[1].p == 0.5
+    ids = {id(p) for p in parameters}
+    assert all(id(p) in ids for p in helpers.parameters())
+    students = sum(p.numel() for p in common.build_model(student, 24).parameters())
+    assert sum(p.numel() for p in parameters) == students + sum(
+        p.numel() for p in helpers.parameters()
+    )
+    moved = {id(p): not torch.equal(p, old) for p, old in zip(parameters, before)}
+    assert all(moved[id(p)] for p in projector.parameters())  # trained, not only listed
+    assert all(moved.values())
+    assert weights("o/student.pt").keys() == common.build_model(student, 24).state_dict().keys()
+
+
+def test_same_width_needs_no_projector(cwd, monkeypatch, any_teacher_passes):
+    teacher_file()
+    made, module_dict = [], torch.nn.ModuleDict
+    monkeypatch.setattr(nd.nn, "ModuleDict", lambda: made.append(module_dict()) or made[-1])
+    assert run(f"{QUICK} --epochs 1 --teacher-ckpt teacher.pth --out o") == 0
+    assert not list(made[0].parameters())
+
+
+def test_all_weights_zero_is_plain_training_bit_for_bit(cwd, any_teacher_passes):
+    """Against training written here from scratch, without a line of nd.py."""
+    teacher_file()
+    for base in ("kd", "reviewkd"):
+        command = f"{QUICK} --epochs 3 --seed 5 --teacher-ckpt teacher.pth --out o --base {base}"
+        assert run(command, "--kd-weight", "0", "--nd-weight", "0") == 0
+        args = nd.parse_args(shlex.split(QUICK))
+        data = common.load_data(args, torch.device("cpu"))
+        torch.manual_seed(5)
+        net = common.build_model("resnet8", 24).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
+        step = 0
+        for epoch in range(3):
+            net.train()
+            for images, labels in data.batches("train", 24, 5 * 100_003 + epoch, augment=True):
+                # 6 steps: drops after 5/8, 6/8 and 7/8 of them
+                optimizer.param_groups[0]["lr"] = 0.1 / 10 ** sum(
+                    8 * step >= 6 * k for k in (5, 6, 7)
+                )
+                optimizer.zero_grad()
+                F.cross_entropy(net(images), labels).backward()
+                optimizer.step()
+                step += 1
+        assert same(weights("o/student.pt"), net.state_dict())
+        assert "kd" not in Path("o/metrics.jsonl").read_text()
+
+
+def test_schedule_at_240_epochs_is_the_published_one(cwd, monkeypatch, any_teacher_passes):
+    """lr 0.1 until epoch 150, then 180, 210; warm-up of the base loss min(1, epoch / 20)."""
+    teacher_file()
+    seen = []
+
+    class Short(nd.Meter):
+        def __init__(self, epoch, epochs, images):
+            super().__init__(epoch, epochs, images)
+
+        def add(self, logits, labels, terms):
+            super().add(logits, labels, terms)
+            frame = sys._getframe(1).f_locals
+            seen.append((frame["epoch"], frame["lr"], frame["warm_up"]))
+
+    monkeypatch.setattr(nd, "Meter", Short)
+    monkeypatch.setattr(nd, "evaluate", lambda *a: 0.0)
+    monkeypatch.setattr(nd.Run, "_save", lambda *a: None)
+    batch = (torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))
+    monkeypatch.setattr(common.Data, "batches", lambda *a, **k: iter([batch] * 2))
+    monkeypatch.setattr(common.Data, "steps", lambda *a: 2)
+    assert run(f"{QUICK} --epochs 240 --teacher-ckpt teacher.pth --nd-weight 0 --out o") == 0
+    assert len(seen) == 480
+    for epoch, lr, warm_up in seen:
+        drops = (epoch >= 150) + (epoch >= 180) + (epoch >= 210)
+        assert lr == pytest.approx(0.1 * 0.1**drops) and warm_up == min(1, epoch / 20)
+
+
+def test_the_teacher_is_untouched(cwd, monkeypatch, any_teacher_passes):
+    teacher_file()
+    content, caught, get = Path("teacher.pth").read_bytes(), [], nd.get_teacher
+
+    def catch(*args):
+        teacher = get(*args)
+        caught.append((teacher.net, {k: v.clone() for k, v in teacher.net.state_dict().items()}))
+        return teacher
+
+    monkeypatch.setattr(nd, "get_teacher", catch)
+    # without folding, so that its BatchNorm buffers are there to be touched
+    monkeypatch.setattr(common, "fold_batchnorm", lambda net, _: net.eval().requires_grad_(False))
+    assert run(f"{QUICK} --epochs 2 --teacher-ckpt teacher.pth --out o") == 0
+    net, before = caught[0]
+    assert any("running_mean" in k for k in before) and same(before, net.state_dict())
+    assert not net.training and all(p.grad is None for p in net.parameters())
+    assert Path("teacher.pth").read_bytes() == content
+
+
+def test_class_means_belong_to_their_teacher(cwd, any_teacher_passes):
+    teacher_file("a.pth")
+    torch.manual_seed(9)
+    torch.save(common.build_model("resnet8", 24).state_dict(), "b.pth")
+    args = nd.parse_args(shlex.split(QUICK))
+    data = common.load_data(args, torch.device("cpu"))
+
+    class Folder:
+        dir = cwd
+
+    def means(path, **changes):
+        args.teacher_ckpt = path
+        vars(args).update(changes)
+        return nd.load_class_means(args, data, common.get_teacher(args, data, None), Folder)
+
+    first = means("a.pth")
+    stamp = (cwd / "class_means.pt").stat().st_mtime_ns
+    assert torch.equal(means("a.pth"), first)
+    assert (cwd / "class_means.pt").stat().st_mtime_ns == stamp  # read, not computed
+    assert not torch.allclose(means("b.pth"), first)
+    assert torch.equal(means("a.pth"), first)
+    augmented = means("a.pth", class_means="augmented")
+    assert not torch.equal(augmented, first) and torch.allclose(
+        augmented, first, rtol=0.5, atol=0.5
+    )
+    # the clean means against a loop over images
+    net = common.build_model("resnet8", 24).eval()
+    common.load_weights(net, "a.pth")
+    images = (data.train.images.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
+    with torch.no_grad():
+        rows = [net(x[None], return_features=True)[1].embedding[0] for x in images]
+    for k in (0, 23):
+        mine = torch.stack([r for r, y in zip(rows, data.train.labels) if y == k]).double().mean(0)
+        assert torch.allclose(first[k].double(), mine, atol=1e-4)
+
+
+def test_compare_and_seeds(cwd, capsys, any_teacher_passes):
+    teacher_file()
+    command = f"{QUICK} --epochs 1 --teacher-ckpt teacher.pth --compare --seeds 0 1 --out o"
+    assert run(command) == 0
+    methods = {
+        (r["method"], r["seed"]): r
+        for r in (json.loads(p.read_text()) for p in Path("o").rglob("result.json"))
+    }
+    assert set(methods) == {(m, s) for m in ("CE", "KD", "KD++") for s in (0, 1)}
+    text = capsys.readouterr().out
+    for method in ("CE", "KD", "KD++"):
+        assert re.search(rf"\| {re.escape(method)} \| 2 \|.* ± ", text)
+    # the method's run is the same with and without its comparison
+    assert run(f"{QUICK} --epochs 1 --teacher-ckpt teacher.pth --seed 1 --out alone") == 0
+    assert same(weights("o/s1/student.pt"), weights("alone/student.pt"))
+    assert (
+        run(f"{QUICK} --epochs 1 --teacher-ckpt teacher.pth --seed 1 --nd-weight 0 --out kd") == 0
+    )
+    assert same(weights("o/s1/kd/student.pt"), weights("kd/student.pt"))
+
+
+def test_eval_prints_the_students_top1(cwd, capsys, any_teacher_passes):
+    teacher_file()
+    assert run(f"{QUICK} --epochs 1 --teacher-ckpt teacher.pth --out o") == 0
+    capsys.readouterr()
+    assert run(f"{QUICK} --eval o/student.pt") == 0
+    assert f"test {result('o')['student_top1']:.2f} %" in capsys.readouterr().out
+
+
+def test_bf16_trains_and_reports_finite_terms(cwd, any_teacher_passes):
+    teacher_file()
+    for base in nd.BASES:
+        command = f"{QUICK} --epochs 1 --teacher-ckpt teacher.pth --out o --precision bf16"
+        assert run(command, "--base", base) == 0
+        line = json.loads(Path("o/metrics.jsonl").read_text())
+        assert np.isfinite([line["ce"], line[base], line["nd"]]).all()
+    assert all(v.dtype != torch.bfloat16 for v in weights("o/student.pt").values())
+
+
+def test_a_torchvision_pair(cwd, any_teacher_passes):
+    teacher_file("teacher.pth", "resnet18")
+    command = (
+        "--dataset shapes --train-size 48 --batch-size 24 --teacher resnet18 --student resnet8"
+    )
+    assert run(f"{command} --teacher-ckpt teacher.pth --epochs 1 --out o") == 0
+
+
+# --- stopping and going on -----------------------------------------------------------------------
+
+WIDE = "--dataset shapes --train-size 48 --batch-size 24 --teacher resnet8 --student wrn_16_2"
+
+
+def stop_in(monkeypatch, which_add):
+    """Make the program receive SIGTERM at its n-th training step."""
+    count = [0]
+    add = common.Meter.add
+
+    def stopping(self, *a, **k):
+        count[0] += 1
+        if count[0] == which_add:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return add(self, *a, **k)
+
+    monkeypatch.setattr(common.Meter, "add", stopping)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+def test_resume_equals_uninterrupted(cwd, monkeypatch, step, any_teacher_passes):
+    """With a projector, so that its dropout needs the random state. Stops in every epoch."""
+    teacher_file()
+    command = f"{WIDE} --epochs 3 --teacher-ckpt teacher.pth --out"
+    assert run(command, "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_in(patch, step)
+        assert run(command, "parts") == 128 + signal.SIGTERM
+    assert not Path("parts/result.json").exists()
+    torch.load("parts/last.pt", weights_only=True)
+    assert run(command, "parts", "--resume") == 0
+    assert same(weights("whole/student.pt"), weights("parts/student.pt"))
+    losses = [
+        [
+            {k: v for k, v in json.loads(line).items() if k not in TIMES}
+            for line in open(f"{d}/metrics.jsonl")
+        ]
+        for d in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+    assert not list(Path("parts").glob("*.tmp"))
+    assert run(command, "parts", "--resume") == 0  # nothing left to do
+    assert same(weights("whole/student.pt"), weights("parts/student.pt"))
+
+
+def test_a_stop_while_the_teacher_trains(cwd, monkeypatch):
+    command = f"{QUICK} --epochs 2 --out"
+    assert run(command, "whole") == 0
+    (cwd / "checkpoints").rename(cwd / "checkpoints1")
+    (cwd / "runs").rename(cwd / "runs1")
+    with monkeypatch.context() as patch:
+        stop_in(patch, 3)
+        assert run(command, "parts") == 143
+    assert not list(cwd.glob("checkpoints/*"))
+    assert run(command, "parts", "--resume") == 0
+    assert same(weights("checkpoints1/shapes_resnet8.pt"), weights("checkpoints/shapes_resnet8.pt"))
+    assert same(weights("whole/student.pt"), weights("parts/student.pt"))
+
+
+def test_kill_and_resume_in_a_real_process(cwd):
+    teacher_file()
+    script = "import common, nd, sys; common.near_chance = lambda *a: False;"
+    script += "sys.exit(common.run_program(nd.program))"
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-c", script, *shlex.split(QUICK), "--teacher-ckpt", "teacher.pth"]
+    command += ["--epochs", "6", "--out"]
+    subprocess.run([*command, "whole"], env=environment, check=True, capture_output=True)
+    process = subprocess.Popen(
+        [*command, "parts"], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("epoch   2/6"):
+            break
+    process.kill()
+    process.wait()
+    assert not Path("parts/result.json").exists()
+    subprocess.run(
+        [*command, "parts", "--resume"], env=environment, check=True, capture_output=True
+    )
+    assert same(weights("whole/student.pt"), weights("parts/student.pt"))
+
+
+def test_work_is_never_overwritten(cwd, monkeypatch, capsys, any_teacher_passes):
+    teacher_file()
+    command = f"{QUICK} --teacher-ckpt teacher.pth --out o"
+    with monkeypatch.context() as patch:
+        stop_in(patch, 3)
+        assert run(command, "--epochs", "2") == 143
+    assert run(command, "--epochs", "1") == 0
+    assert torch.load("o.old1/last.pt", weights_only=True)["epoch"] == 1  # the stopped run
+    assert run(command, "--epochs", "2") == 0
+    assert result("o.old2")["epochs"] == 1  # a finished run of other arguments
+    assert run(command, "--epochs", "2") == 0
+    assert not Path("o.old3").exists()  # the same run again: simply replaced
+
+
+def test_resume_refuses_other_arguments(cwd, capsys, any_teacher_passes):
+    teacher_file()
+    command = f"{QUICK} --epochs 2 --teacher-ckpt teacher.pth --out o"
+    assert run(command) == 0
+    for change in ("--lr 0.05", "--nd-weight 1", "--seed 1", "--temperature 2", "--precision bf16"):
+        assert run(command, "--resume", *change.split()) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: --resume") and change.split()[0] in error
+    torch.save(common.build_model("resnet8", 24).state_dict(), "teacher.pth")
+    assert run(command, "--resume") == 2
+    assert "teacher" in capsys.readouterr().err
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+BAD = {  # arguments -> words of the error
+    "--teacher resnet57": "--teacher.*resnet56",
+    "--student mobilenetv2": "--student.*MobileNetV2",
+    "--dataset cifar1000": "--dataset.*cifar100",
+    "--epochs 0": "--epochs.*1 or more",
+    "--epochs two": "--epochs.*invalid whole number",
+    "--batch-size 1": "--batch-size",
+    "--lr -0.1": "--lr",
+    "--lr nan": "--lr",
+    "--nd-weight -1": "--nd-weight",
+    "--kd-weight inf": "--kd-weight",
+    "--temperature 0": "--temperature",
+    "--train-size 0": "--train-size",
+    "--train-size 5": "--train-size 5.*24",
+    "--train-size 9999": "--train-size 9999",
+    "--teacher-ckpt absent.pth": "absent.pth: no such file",
+    "--teacher-ckpt torn.pth": "torn.pth",
+    "--teacher-ckpt code.pth": "code.pth.*state dict alone",
+    "--teacher-ckpt other.pth": "other.pth.*architecture",
+    "--teacher-ckpt classes.pth": "classes.pth.*number of classes",
+    "--teacher-ckpt chance.pth": "chance.pth.*near chance",
+    "--resume": "--resume: nothing to resume",
+    "--resume --out torn": "--resume|last.pt",
+    "--eval absent.pt": "absent.pt",
+    "--seeds one": "--seeds",
+    "--frobnicate": "--frobnicate",
+    "--epoch 3": "--epoch",
+    "--base nd": "--base",
+    "--dataset folder --data-dir nowhere": "--data-dir.*nowhere",
+    "--dataset folder --data-dir damaged": "0.png",
+    "--dataset folder --data-dir classless": "empty",
+    "--ce-weight 0 --kd-weight 0 --nd-weight 0": "--ce-weight 0",
+    "--student vit_b_16": "VisionTransformer",
+    "--base reviewkd --student vgg8 --teacher-ckpt {good}": "--base reviewkd",
+    "--device cuda": "--device cuda",
+}
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ("exploded", "w"))
+
+
+def make_bad_files(cwd):
+    net = common.build_model("resnet8", 24)
+    torch.save(net.state_dict(), "chance.pth")
+    Path("torn.pth").write_bytes(Path("chance.pth").read_bytes()[:5000])
+    Path("torn").mkdir()
+    Path("torn/last.pt").write_bytes(Path("chance.pth").read_bytes()[:5000])
+    torch.save({"model": net.state_dict(), "opt": Bomb()}, "code.pth")
+    torch.save(common.build_model("resnet14", 24).state_dict(), "other.pth")
+    torch.save(common.build_model("resnet8", 100).state_dict(), "classes.pth")
+    for root in ("damaged", "classless"):
+        for split in ("train", "val"):
+            for name in ("a", "b"):
+                folder = Path(root) / split / name
+                folder.mkdir(parents=True)
+                Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(folder / "0.png")
+    Path("damaged/train/a/0.png").write_bytes(b"\x89PNG nothing")
+    Path("classless/train/empty").mkdir()
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input_ends_in_one_line_and_status_2(cwd, arguments, capsys, monkeypatch):
+    if arguments == "--device cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    make_bad_files(cwd)
+    if "{good}" in arguments:
+        monkeypatch.setattr(common, "near_chance", lambda *a: False)
+        arguments = arguments.format(good="chance.pth")
+    before = {p for p in cwd.rglob("*") if "checkpoints" not in str(p)}
+    start = time.monotonic()
+    assert run(f"{QUICK} --epochs 1 {arguments}") == 2
+    assert time.monotonic() - start < 30
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err + captured.out
+    errors = [line for line in captured.err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and captured.err.splitlines()[-1] == errors[0]
+    assert re.search(BAD.get(arguments, "--base reviewkd"), errors[0]), errors[0]
+    assert not Path("exploded").exists()
+    assert before <= set(cwd.rglob("*"))
+
+
+def test_bad_input_from_the_shell(cwd):
+    done = subprocess.run(
+        [sys.executable, ROOT / "nd.py", "--teacher", "resnet55"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"error: .*--teacher.*resnet56.*\n", done.stderr)
+
+
+def test_a_loss_that_is_not_finite_stops_and_is_named(cwd, monkeypatch, capsys, any_teacher_passes):
+    teacher_file()
+    calls, kd_loss = [0], nd.kd_loss
+
+    def breaking(*a):
+        calls[0] += 1
+        return kd_loss(*a) * (float("nan") if calls[0] == 4 else 1)
+
+    monkeypatch.setattr(nd, "kd_loss", breaking)
+    assert run(f"{QUICK} --epochs 5 --teacher-ckpt teacher.pth --out o") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error:") and "loss term kd " in error and "epoch 2" in error
+    last = torch.load("o/last.pt", weights_only=True)
+    assert last["epoch"] == 1  # the end of the epoch before
+    assert all(torch.isfinite(v.float()).all() for v in last["state"]["student"].values())
+    assert not Path("o/result.json").exists()
+
+
+def test_divergence_is_caught(cwd, capsys, any_teacher_passes):
+    teacher_file()
+    assert run(f"{QUICK} --epochs 3 --teacher-ckpt teacher.pth --out o --lr 1e30") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error:") and "--lr" in error
+    assert torch.load("o/last.pt", weights_only=True)["epoch"] == 0
+
+
+# --- documentation -------------------------------------------------------------------------------
+
+
+def test_help_is_the_docstring(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--help")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and nd.__doc__.strip()[:200] in text
+    for option in ("--teacher", "--nd-weight", "--compare", "--seeds", "--resume", "--data-dir"):
+        assert option in text
+
+
+def test_importing_does_nothing():
+    code = "import nd, sys; assert callable(nd.nd_loss)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == done.stderr == ""
+
+
+def readme_commands():
+    """Every `python nd.py ...` that the README or the docstring tells people to type."""
+    text = (ROOT / "README.md").read_text() + nd.__doc__
+    lines = re.findall(r"^\s*(?:.*(?:&&|;) *)?\S*python3? nd\.py (.*)$", text, re.M)
+    commands = {re.split(r"\s{3,}|\s+#", line)[0].strip() for line in lines}
+    assert len(commands) >= 5
+    return sorted(commands)
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_readme_commands_run(cwd, command, capsys, any_teacher_passes):
+    """As printed, then shortened: one epoch of few images, a CIFAR-100 tree of random pixels."""
+    rng = np.random.default_rng(0)
+    for root in ("data/cifar100", "my-images"):
+        for split in ("train", "test"):
+            for k in range(100):
+                folder = Path(root) / split / f"class{k:02d}"
+                folder.mkdir(parents=True)
+                pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / "0.png")
+    for name in set(re.findall(r"[\w./-]+\.pth?\b", command)):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        network = re.search(rf"--{'student' if '--eval' in command else 'teacher'} (\S+)", command)
+        teacher_file(name, network.group(1) if network else "resnet20", 100)
+    shorter = "--epochs 1 --teacher-epochs 1 --batch-size 48"
+    shorter += " --train-size 48" if "shapes" in command else ""
+    shorter += (
+        " --resume"
+        if "--resume" in command and not run(f"{command} {shorter}".replace("--resume", ""))
+        else ""
+    )
+    assert run(f"{command} {shorter}") == 0, capsys.readouterr().err
