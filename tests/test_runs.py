@@ -608,8 +608,9 @@ def test_readme_commands_run(cwd, command, capsys, any_teacher_passes):
                 Image.fromarray(pixels).save(folder / "0.png")
     for name in set(re.findall(r"[\w./-]+\.pth?\b", command)):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
-        network = re.search(rf"--{'student' if '--eval' in command else 'teacher'} (\S+)", command)
-        teacher_file(name, network.group(1) if network else "resnet20", 100)
+        role, default = ("student", "resnet20") if "--eval" in command else ("teacher", "resnet56")
+        network = re.search(rf"--{role} (\S+)", command)
+        teacher_file(name, network.group(1) if network else default, 100)
     shorter = "--epochs 1 --teacher-epochs 1 --batch-size 48"
     shorter += " --train-size 48" if "shapes" in command else ""
     shorter += (
