@@ -120,17 +120,14 @@ def main():
 
     median = {name: statistics.median(values) for name, values in rates.items()}
     reference = median["bare, teacher folded"]
-    print(
-        f"{options.teacher} -> {options.student}, batch {options.batch_size}, {common.device_name('auto')}"
-    )
+    pair = f"{options.teacher} -> {options.student}"
+    print(f"{pair}, batch {options.batch_size}, {common.device_name('auto')}")
     print(f"{'':38s}{'images/s':>9s}  of bare   (rounds' lowest to highest)")
     for name, value in median.items():
         low, high = min(rates[name]), max(rates[name])
         print(f"{name:38s}{value:9.0f}  {value / reference:6.3f}   ({low:.0f} to {high:.0f})")
-    bf16 = median["student alone, bf16 channels-last"]
-    print(
-        f"bf16 channels-last / fp32 contiguous: {bf16 / median['student alone, fp32 contiguous']:.2f}"
-    )
+    gain = median["student alone, bf16 channels-last"] / median["student alone, fp32 contiguous"]
+    print(f"bf16 channels-last / fp32 contiguous: {gain:.2f}")
     print(f"nd_loss forward and backward: {1e6 * options.batch_size / loss_only:.0f} us a batch")
     print(f"6,000 shapes drawn in {drawn:.2f} s; peak memory {common.peak_memory_mb()} MB")
     return {

@@ -422,6 +422,39 @@ def test_official_cifar_files(tmp_path):
     assert np.array_equal(data.train.images[0].permute(2, 0, 1).numpy(), first)
 
 
+def test_svhn_and_stl10_as_torchvision_gives_them(tmp_path, monkeypatch):
+    """[N,3,H,W] arrays with `labels`; STL-10 is resized from 96 to 32 pixels."""
+    import torchvision
+
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 3, 96, 96), np.uint8)
+    labels = np.arange(20) % 10
+
+    class Fake:
+        def __init__(self, root, split, download):
+            assert root == str(tmp_path) and download and split in ("train", "test")
+            self.data, self.labels = pixels, labels
+
+    for name in ("SVHN", "STL10"):
+        monkeypatch.setattr(torchvision.datasets, name, Fake)
+        options = arguments(dataset=name.lower(), data_dir=str(tmp_path))
+        data = common.load_data(options, CPU)
+        assert data.train.images.shape == (20, 32, 32, 3) and data.num_classes == 10
+        assert data.test.labels.tolist() == labels.tolist()
+        mean = pixels.astype(float).mean()  # resizing keeps the place and the mean of an image
+        assert abs(data.train.images.double().mean() - mean) < 1
+        first = torch.from_numpy(pixels[0, 0, :48, :48].astype(float)).mean()
+        assert abs(data.train.images[0, :16, :16, 0].double().mean() - first) < 3
+
+
+def test_svhn_without_scipy_says_what_to_install(tmp_path, monkeypatch):
+    def fails(*_args, **_kwargs):
+        raise ModuleNotFoundError("No module named 'scipy'")
+
+    monkeypatch.setattr("torchvision.datasets.SVHN", fails)
+    with pytest.raises(UserError, match="pip install scipy"):
+        common.load_data(arguments(dataset="svhn", data_dir=str(tmp_path)), CPU)
+
+
 def test_svhn_digits_are_not_mirrored():
     split = common.draw_shapes(48, 0)
     data = common.Data("svhn", split, split, [str(k) for k in range(10)], CPU)
