@@ -558,8 +558,8 @@ def read_checkpoint(path: str | Path):
                 " save its state dict alone"
             ) from None
         raise UserError(f"{path}: not a checkpoint, or a damaged one; get it again") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+    except PermissionError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     except Exception:  # torch.load names no set of errors for a torn file
         raise UserError(f"{path}: half-written or not a checkpoint; get it again") from None
 

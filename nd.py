@@ -344,18 +344,22 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--ce-weight", type=weight, default=1.0, metavar="X", help="of the cross-entropy (1)")
     add("--kd-weight", type=weight, metavar="X", help="of the base loss; 0 switches it off")
     add("--nd-weight", type=weight, metavar="X", help="of ND; 0 gives the base method alone")
-    add("--direction-weight", type=weight, default=0.0, metavar="X", help=HELP_DIRECTION)
-    add("--norm-weight", type=weight, default=0.0, metavar="X", help="likewise the norm alone (0)")
+    add(
+        "--direction-weight", type=weight, default=0.0, metavar="X", help="alone, in ND's place (0)"
+    )
+    add("--norm-weight", type=weight, default=0.0, metavar="X", help="alone, in ND's place (0)")
     add("--temperature", type=positive, default=4.0, metavar="T", help="of KD, DKD, DIST (4)")
     add("--dkd-alpha", type=weight, metavar="X", help="DKD: true class against all others")
     add("--dkd-beta", type=weight, metavar="X", help="DKD: the others among themselves")
-    add("--class-means", choices=("clean", "augmented"), default="clean", help=HELP_MEANS)
+    add(
+        "--class-means", choices=("clean", "augmented"), default="clean", help="images used (clean)"
+    )
 
     add = parser.add_argument_group("recipe").add_argument
     add("--epochs", type=positive_int, default=240, metavar="N", help="drops scale along (240)")
     add("--teacher-epochs", type=positive_int, metavar="N", help="if it must be trained (--epochs)")
     add("--batch-size", type=positive_int, default=128, metavar="N", help="(128)")
-    add("--lr", type=positive, metavar="X", help=HELP_LR)
+    add("--lr", type=positive, metavar="X", help="(0.1; MobileNet, ShuffleNet 0.02)")
     add("--momentum", type=weight, default=0.9, metavar="X", help="Nesterov (0.9)")
     add("--weight-decay", type=weight, default=5e-4, metavar="X", help="(0.0005)")
 
@@ -369,18 +373,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     if not args.eval:
         fill_weights(args)
         if not args.ce_weight and (not args.kd_weight or args.base == "reviewkd"):
-            raise UserError(
-                "--ce-weight 0: nothing else trains the classifier; use KD, DKD or DIST"
-            )
+            raise UserError("--ce-weight 0: nothing else here trains the classifier")
         args.method = method_name(args)
     return args
-
-
-HELP_DIRECTION = "ablation: the direction alone, in ND's place unless --nd-weight is given too (0)"
-HELP_MEANS = "images they are averaged over; augmented is the official way (clean)"
-HELP_LR = (
-    "of the student; lower it if the first epoch diverges (0.1; 0.02 for MobileNet and ShuffleNet)"
-)
 
 
 def default_lr(name: str) -> float:
