@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import copy
 import difflib
+import fcntl
 import hashlib
 import io
 import json
@@ -29,9 +30,9 @@ import resource
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -67,19 +68,31 @@ def run_program(program, argv: list[str] | None = None) -> int:
     stays whole, because files are only ever replaced by complete ones.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _on_signal)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
+            signal.signal(number, _on_signal)
     try:
         program(argv)
         return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("error: out of device memory: lower --batch-size", file=sys.stderr)
-        return 2
+        message = str(error)
+    except BrokenPipeError:  # whoever read the output has gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        message = (
+            f"{error.filename or 'file'}: {error.strerror or error}; free or mend it, then go on"
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        message = "out of memory: lower --batch-size, --train-size or --image-size"
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        message = "out of memory: lower --batch-size, --train-size or --image-size"
     except Stopped as stop:
         print(f"\nstopped by signal {stop.args[0]}; --resume goes on from here", file=sys.stderr)
         return 128 + stop.args[0]
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 class Parser(argparse.ArgumentParser):
@@ -476,7 +489,9 @@ def build_model(name: str, num_classes: int, pretrained: bool = False) -> nn.Mod
     if name in ZOO:
         if pretrained:
             raise UserError(f"{name} has no pretrained weights to download: give a checkpoint")
-        return ZOO[name](num_classes)
+        net = ZOO[name](num_classes)
+        net.name = name
+        return net
     if name not in model_names():
         raise UserError(f"unknown model '{name}'{nearest(name, model_names())}")
     options = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
@@ -489,10 +504,10 @@ def build_model(name: str, num_classes: int, pretrained: bool = False) -> nn.Mod
             net = torchvision.models.get_model(name, weights=weights, **options)
         except OSError as error:
             raise UserError(f"cannot download the weights of {name}: {error}") from None
-    return _with_features(net, num_classes)
+    return _with_features(net, name, num_classes)
 
 
-def _with_features(net, num_classes):
+def _with_features(net, name, num_classes):
     """Give a torchvision classifier the `return_features` argument; its state dict stays as it is.
 
     The embedding is the input of the last linear layer. The maps are the outputs of `layer1..4`
@@ -513,29 +528,25 @@ def _with_features(net, num_classes):
         def forward(self, x, return_features=False):
             if not return_features:
                 return super().forward(x)
-            seen, maps = [], []
+            seen = []  # (input, output) of every tap, then of the head
             hooks = [  # modules are looked up here, so that a deep copy hooks its own
-                self.get_submodule(head_path).register_forward_pre_hook(
-                    lambda _module, inputs: seen.append(inputs[0])
+                self.get_submodule(path).register_forward_hook(
+                    lambda _module, inputs, output: seen.append((inputs[0], output))
                 )
+                for path in (*taps, head_path)
             ]
-            for tap in taps:
-                hooks.append(
-                    self.get_submodule(tap).register_forward_hook(
-                        lambda _module, _inputs, out: maps.append(out)
-                    )
-                )
             try:
                 logits = super().forward(x)
             finally:
                 for hook in hooks:
                     hook.remove()
-            maps = [m.permute(0, 3, 1, 2) if channels_last else m for m in maps if m.dim() == 4]
+            maps = [output for _, output in seen[:-1] if output.dim() == 4]
+            maps = [m.permute(0, 3, 1, 2) if channels_last else m for m in maps]
             if not stages:
                 maps = list({m.shape[-1]: m for m in maps}.values())
-            return logits, Features(seen[-1], maps, maps)
+            return logits, Features(seen[-1][0], maps, maps)
 
-    net.__class__ = WithFeatures
+    net.__class__, net.name = WithFeatures, name
     return net
 
 
@@ -550,18 +561,18 @@ def read_checkpoint(path: str | Path):
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error):  # the name of a class or function to call
-            raise UserError(
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickle protocols
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except Exception as error:  # torch.load names no set of errors for a torn file
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise UserError(  # GLOBAL: the name of a class or function to call
                 f"{path}: holds Python objects besides tensors, which loading would run as code;"
                 " save its state dict alone"
             ) from None
-        raise UserError(f"{path}: not a checkpoint, or a damaged one; get it again") from None
-    except PermissionError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except Exception:  # torch.load names no set of errors for a torn file
-        raise UserError(f"{path}: half-written or not a checkpoint; get it again") from None
+        raise UserError(f"{path}: damaged, half-written or not a checkpoint") from None
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -572,7 +583,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     UserError: no such file, half-written, another architecture, another number of classes.
     """
     state = read_checkpoint(path)
-    for key in ("model", "state_dict", "student"):
+    for key in ("state", "model", "state_dict", "student"):  # "state": a run's last.pt
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not any(torch.is_tensor(v) for v in state.values()):
@@ -616,34 +627,31 @@ def fold_batchnorm(model: nn.Module, example: Tensor) -> nn.Module:
     """
     model = copy.deepcopy(model).eval().requires_grad_(True)
     makers, pairs = {}, []
-
-    def after_conv(conv, _inputs, output):
-        makers[output.grad_fn] = conv
-
-    def before_bn(bn, inputs):
-        pairs.append((inputs[0].grad_fn, bn))
-
-    hooks = []
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            hooks.append(module.register_forward_hook(after_conv))
-        elif isinstance(module, nn.BatchNorm2d):
-            hooks.append(module.register_forward_pre_hook(before_bn))
+    hooks = [
+        conv.register_forward_hook(lambda conv, _, output: makers.update({output.grad_fn: conv}))
+        for conv in model.modules()
+        if isinstance(conv, nn.Conv2d)
+    ]
+    hooks += [
+        bn.register_forward_pre_hook(lambda bn, inputs: pairs.append((inputs[0].grad_fn, bn)))
+        for bn in model.modules()
+        if isinstance(bn, nn.BatchNorm2d)
+    ]
     with torch.enable_grad():
-        stack = [model(example).sum().grad_fn]
+        logits, seen = model(example, return_features=True)
+        outputs = (logits, seen.embedding, *seen.maps, *seen.preact)
+        nodes = [sum(output.sum() for output in outputs).grad_fn]
     for hook in hooks:
         hook.remove()
-    readers, seen = {}, set(stack)
-    while stack:
-        for node, _ in stack.pop().next_functions:
-            readers[node] = readers.get(node, 0) + 1
-            if node is not None and node not in seen:
-                seen.add(node)
-                stack.append(node)
-    names = {module: name for name, module in model.named_modules()}
+    readers = Counter()
+    while nodes:
+        inputs = [node for node, _ in nodes.pop().next_functions if node is not None]
+        nodes += [node for node in dict.fromkeys(inputs) if node not in readers]
+        readers.update(inputs)
+    names, calls = {m: name for name, m in model.named_modules()}, Counter(makers.values())
     for node, bn in pairs:
-        if node in makers and readers[node] == 1:
-            conv = makers[node]
+        conv = makers.get(node)
+        if conv is not None and readers[node] == calls[conv] == 1:
             fused = torch.nn.utils.fusion.fuse_conv_bn_eval(conv, bn)
             for module, new in ((conv, fused), (bn, nn.Identity())):
                 parent, _, leaf = names[module].rpartition(".")
@@ -708,22 +716,20 @@ class Data:
         order = torch.arange(count) if seed is None else torch.randperm(count, generator=rng)
         shift = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=rng)
         flip = (torch.rand(count, 1, generator=rng) < 0.5) & self.may_flip
-        grid = torch.arange(size)
-        rows = (shift[0] + grid).to(self.device, torch.int32)  # [N,S], in the padded image
-        cols = (shift[1] + torch.where(flip, size - 1 - grid, grid)).to(self.device, torch.int32)
-        order = order.to(self.device)
+        order, shift, flip = (t.to(self.device) for t in (order, shift, flip))
+        grid = torch.arange(size, device=self.device)
         for start in range(0, count, batch_size):
-            pick = order[start : start + batch_size]
-            if seed is not None and len(pick) == 1:
+            part = slice(start, start + batch_size)
+            x, y = images[order[part]], labels[order[part]]  # [B,S,S,3], [B]
+            if seed is not None and len(y) == 1:
                 break
-            x = images[pick]  # [B,S,S,3]
             if augment:
-                x = F.pad(x, (0, 0, pad, pad, pad, pad))
-                here = torch.arange(start, start + len(pick), device=self.device)
-                which = torch.arange(len(pick), device=self.device)[:, None, None]
-                x = x[which, rows[here][:, :, None], cols[here][:, None, :]]
+                rows = shift[0, part] + grid  # [B,S], in the padded image
+                cols = shift[1, part] + torch.where(flip[part], size - 1 - grid, grid)
+                which = torch.arange(len(y), device=self.device)[:, None, None]
+                x = F.pad(x, (0, 0, pad, pad, pad, pad))[which, rows[:, :, None], cols[:, None]]
             x = x.permute(0, 3, 1, 2).float()  # [B,3,S,S], channels last in memory
-            yield x.sub_(self.mean).div_(self.std), labels[pick]
+            yield x.sub_(self.mean).div_(self.std), y
 
 
 def load_data(args, device) -> Data:
@@ -739,7 +745,7 @@ _LOADED: dict = {}
 
 
 def _load_data(args, device):
-    size = args.image_size or 32
+    size = args.image_size
     if args.dataset == "shapes":
         train, test, classes = draw_shapes(5000, 0, size), draw_shapes(1000, 1, size), SHAPE_CLASSES
     elif args.dataset == "folder":
@@ -843,15 +849,17 @@ def _read_trees(root, size, workers):
 def _decoded(samples, size, workers, cache):
     """Every image of a tree as one tensor: decoded once, then read from the cache beside it."""
     need = len(samples) * size * size * 3
-    if need > 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+    if need > 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise UserError(
             f"--image-size {size}: {len(samples)} images take {need / 1e9:.0f} GB decoded, more"
-            " than half of this machine's memory; choose a smaller size"
+            " than a quarter of this machine's memory; choose a smaller size"
         )
     listing = hashlib.sha256()
     for path, label in samples:
         stat = os.stat(path)
-        listing.update(f"{Path(path).name} {label} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        where = os.path.relpath(path, cache.parent)
+        stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+        listing.update(os.fsencode(f"{where} {label} {stamp}\n"))
 
     def decode_all():
         print(f"decoding {len(samples)} images, once: {cache}", flush=True)
@@ -966,16 +974,15 @@ def draw_shapes(count: int, seed: int, size: int = 32) -> Split:
 def write_whole(path: Path, content: bytes) -> None:
     """Write beside the target, sync, then rename over it: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -983,10 +990,6 @@ def save_whole(path: Path, state) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_whole(path, buffer.getvalue())
-
-
-def save_json(path: Path, value) -> None:
-    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def kept(path: Path, made_by: dict, compute):
@@ -1018,71 +1021,69 @@ class Run:
     """The folder of one run: `last.pt` to resume, `metrics.jsonl`, `result.json`, `student.pt`."""
 
     def __init__(self, args):
-        self.args, self.dir = args, Path(args.out)
-        self.last, self.history = self.dir / "last.pt", []
-        self.saved = None
-        wanted = lasting(args)
-        if self.last.exists() and args.resume:
-            self.saved = read_checkpoint(self.last)
-            if (
-                not isinstance(self.saved, dict)
-                or not {"args", "epoch", "state"} <= self.saved.keys()
-            ):
-                raise UserError(f"--resume: {self.last} was not written by this program")
-            changed = [k for k, v in wanted.items() if self.saved["args"].get(k) != v]
+        self.args, self.dir, self.history = args, Path(args.out), []
+        self.last, self.saved, self.done = self.dir / "last.pt", None, None
+        lock = self.dir / ".lock"  # also the sign that a run was started here
+        if args.resume and self.last.exists():
+            self.saved = _read_last(self.last)
+            saved, wanted = self.saved["args"], lasting(args)
+            changed = [k for k in wanted if saved.get(k) != wanted[k]]
             if changed:
-                raise UserError(
-                    f"--resume: {self.dir} was started with other values of "
-                    + ", ".join(f"{flag(k)} ({self.saved['args'].get(k)})" for k in changed)
-                    + "; give the same, or another --out"
-                )
-        elif args.resume and not _teacher_unfinished(args):
+                was = ", ".join(f"{flag(k)} {saved.get(k)}" for k in changed)
+                raise UserError(f"--resume: {self.dir} was started with {was}; give the same again")
+            if self.saved["epoch"] == args.epochs and (self.dir / "result.json").exists():
+                self.done = json.loads((self.dir / "result.json").read_text())
+        elif args.resume and not lock.exists():
             raise UserError(f"--resume: nothing to resume in {self.dir} (no last.pt)")
-        elif self.last.exists():
-            self._set_aside(wanted)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.lock = open(lock, "w")  # held until the process ends
         try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {self.dir}: {error.strerror}") from None
-
-    def _set_aside(self, wanted):
-        """Never lose work: only a finished run of the same arguments is replaced."""
-        with contextlib.suppress(UserError):
-            if (self.dir / "result.json").exists() and read_checkpoint(self.last)["args"] == wanted:
-                (self.dir / "result.json").unlink()
-                return
-        number = 1
-        while (aside := self.dir.with_name(f"{self.dir.name}.old{number}")).exists():
-            number += 1
-        self.dir.rename(aside)
-        print(
-            f"note: {self.dir} held another or an unfinished run; kept as {aside}", file=sys.stderr
-        )
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {self.dir}: another process is at work there") from None
+        for half_written in self.dir.glob("*.tmp"):
+            half_written.unlink()
 
     def restore(self, **objects) -> int:
         """Load what `end_epoch` saved into the objects, and the random state; -> first epoch to do.
 
         Of a fresh run it saves the start, so that there is always something whole to resume from.
+        Files of an earlier run are not lost: they move to a folder `old1`, `old2`, ...
         """
         if self.saved is None:
+            names = ("last.pt", "metrics.jsonl", "result.json", "student.pt")
+            if old := [self.dir / name for name in names if (self.dir / name).exists()]:
+                number = 1
+                while (aside := self.dir / f"old{number}").exists():
+                    number += 1
+                aside.mkdir()
+                for path in old:
+                    path.rename(aside / path.name)
+                print(f"note: the run that was in {self.dir} is kept in {aside}", file=sys.stderr)
             self._save(0, objects)
             return 0
         for name, value in objects.items():
-            if hasattr(value, "load_state_dict"):
-                value.load_state_dict(self.saved["state"][name])
-            elif value != self.saved["state"][name]:
-                raise UserError(
-                    f"--resume: the {name.replace('_', ' ')} is not that of {self.last}"
-                )
+            saved = self.saved["state"].get(name)
+            if not hasattr(value, "load_state_dict"):
+                if value != saved:
+                    raise UserError(f"--resume: the {name} is not the one {self.last} began with")
+            else:
+                try:
+                    value.load_state_dict(saved)
+                except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+                    raise UserError(f"--resume: {self.last} does not hold this {name}") from None
         torch.set_rng_state(self.saved["rng"])
         random.setstate(self.saved["python_rng"])
-        if self.saved["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(self.saved["cuda_rng"])
+        if pick_device(self.args.device).type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            if self.saved["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(self.saved["cuda_rng"])
         self.history = self.saved["history"]
         return self.saved["epoch"]
 
     def _save(self, epoch, objects):
         state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in objects.items()}
+        on_gpu = pick_device(self.args.device).type == "cuda"
         save_whole(
             self.last,
             {
@@ -1092,7 +1093,7 @@ class Run:
                 "history": self.history,
                 "rng": torch.get_rng_state(),
                 "python_rng": random.getstate(),
-                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "cuda_rng": torch.cuda.get_rng_state() if on_gpu else None,
             },
         )
 
@@ -1103,36 +1104,33 @@ class Run:
             if not all(bool(torch.isfinite(t).all()) for t in tensors):
                 raise UserError(
                     f"weights of the {name} became infinite or nan in epoch {metrics['epoch']}:"
-                    f" lower --lr; {self.last} holds the end of the epoch before"
+                    f" lower --lr or --teacher-lr; {self.last} holds the end of the epoch before"
                 )
         self.history.append(metrics)
         self._save(metrics["epoch"], objects)
+        self._write_metrics()
+
+    def _write_metrics(self):
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write_whole(self.dir / "metrics.jsonl", lines.encode())
 
     def finish(self, student: nn.Module, data: Data, teacher) -> dict:
         """Write `student.pt` and `result.json`; -> the result."""
-        args = self.args
-        seconds = sum(line["seconds"] for line in self.history)
+        args, lines = self.args, self.history
+        seconds = sum(line["seconds"] for line in lines)
+        images = sum(line["images_per_second"] * line["seconds"] for line in lines)
+        names = ("method", "dataset", "teacher", "student", "seed", "epochs")
         result = {
-            "method": args.method,
-            "dataset": args.dataset,
-            "teacher": args.teacher,
-            "student": args.student,
-            "seed": args.seed,
-            "epochs": args.epochs,
+            **{name: getattr(args, name) for name in names},
             "teacher_top1": teacher and teacher.top1,
             "teacher_hash": teacher and teacher.hash,
             "train_images": len(data.train.labels),
             "test_images": len(data.test.labels),
             "data_hash": data.fingerprint,
-            "student_top1": self.history[-1]["test_top1"],
+            "student_top1": lines[-1]["test_top1"],
             "seconds": round(seconds, 3),
-            "images_per_second": round(
-                sum(line["images_per_second"] * line["seconds"] for line in self.history) / seconds,
-                1,
-            ),
-            "peak_memory_mb": peak_memory_mb(),
+            "images_per_second": round(images / seconds, 1),
+            "peak_memory_mb": peak_memory_mb(args.device),
             "script": f"{args.script}.py",
             "argv": sys.argv[1:],
             "args": {
@@ -1147,18 +1145,27 @@ class Run:
             },
             "device": device_name(args.device),
         }
+        self._write_metrics()  # again: a stop may have come between last.pt and it
         save_whole(self.dir / "student.pt", {k: v.cpu() for k, v in student.state_dict().items()})
-        save_json(self.dir / "result.json", result)
+        write_whole(self.dir / "result.json", (json.dumps(result, indent=1) + "\n").encode())
         return result
+
+
+def _read_last(path):
+    saved = read_checkpoint(path)
+    parts = {"epoch", "state", "args", "history", "rng", "python_rng", "cuda_rng"}
+    if not isinstance(saved, dict) or not parts <= saved.keys():
+        raise UserError(f"{path}: not a run's last.pt; move its folder away to start again")
+    return saved
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def peak_memory_mb() -> int:
-    """Of the GPU's allocator where there is one, else of this process."""
-    if torch.cuda.is_available():
+def peak_memory_mb(device: str) -> int:
+    """Of the GPU's allocator since the run began; on a CPU, of the process since it began."""
+    if pick_device(device).type == "cuda":
         return torch.cuda.max_memory_allocated() // 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
@@ -1209,10 +1216,11 @@ class Meter:
     def check(self):
         if self.bad is not None and bool(self.bad.any()):
             names = [name for name, bad in zip(self.names, self.bad.tolist()) if bad]
+            print("\n" * self.live, end="", flush=True)
             raise UserError(
                 f"the loss term {' and '.join(names)} became infinite or nan in epoch"
-                f" {self.epoch + 1}: lower --lr or the term's weight; last.pt holds the end of the"
-                " epoch before"
+                f" {self.epoch + 1}: lower --lr (of a teacher: --teacher-lr) or the term's weight;"
+                " last.pt holds the end of the epoch before"
             )
 
     def _means(self):
@@ -1294,7 +1302,7 @@ def probe(model: nn.Module, data: Data) -> Features:
         return model.eval()(images, return_features=True)[1]
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(
-            f"{type(model).__mro__[1].__name__} does not take {data.image_size}-pixel images"
+            f"{getattr(model, 'name', 'the model')} does not take {data.image_size}-pixel images"
             f" ({str(error).splitlines()[0]}): choose another model or --image-size"
         ) from None
     finally:
@@ -1318,31 +1326,21 @@ def get_teacher(args, data: Data, train) -> Teacher:
     `checkpoints/` that was trained in another way than this command asks for.
     """
     net = build_model(args.teacher, data.num_classes)
-    path = _teacher_file(args)
+    path = Path(args.teacher_ckpt or f"checkpoints/{args.dataset}_{args.teacher}.pt")
     if not args.teacher_ckpt:
-        recipe = {
-            "network": args.teacher,
-            "dataset": args.dataset,
-            "data": data.fingerprint,
-            "images": len(data.train.labels),
-            "image_size": data.image_size,
-            "epochs": args.teacher_epochs or args.epochs,
-            "batch_size": args.batch_size,
-            "lr": args.teacher_lr,
-            "weight_decay": args.weight_decay,
-            "seed": 0,  # whatever the students' seeds: all of them learn from one teacher
-        }
+        teacher_args = _teacher_args(args, data)
+        recipe = {name: getattr(teacher_args, name) for name in TEACHER_RECIPE}
+        recipe |= {"data": data.fingerprint, "images": len(data.train.labels)}
         if path.exists():
             _check_recipe(path, recipe)
         else:
-            print(f"teacher: no {path}; training it for {recipe['epochs']} epochs", flush=True)
-            teacher_args = _teacher_args(args)
+            print(f"teacher: no {path}; training it for {teacher_args.epochs} epochs", flush=True)
             result = train(teacher_args)
             weights = read_checkpoint(Path(teacher_args.out) / "student.pt")
-            save_whole(
-                path, {"model": weights, "recipe": recipe, "test_top1": result["student_top1"]}
-            )
+            top1 = result["student_top1"]
+            save_whole(path, {"model": weights, "recipe": recipe, "test_top1": top1})
     load_weights(net, path)
+    probe(net, data)  # does it take images of this size?
     weights_hash = state_hash(net)
     net = net.to(data.device, memory_format=torch.channels_last)
     net = fold_batchnorm(net, next(data.batches("test", 2))[0])
@@ -1378,29 +1376,24 @@ def _check_recipe(path, recipe):
 # What a teacher's training shares with its student's; all else belongs to the method and is off.
 TEACHER_KEEPS = ("dataset", "data_dir", "image_size", "train_size", "batch_size", "momentum")
 TEACHER_KEEPS += ("weight_decay", "precision", "device", "workers", "compile", "script")
+# What decides its weights, besides the data; kept in its checkpoint.
+TEACHER_RECIPE = ("student", "epochs", "seed", "lr", "batch_size", "momentum", "weight_decay")
+TEACHER_RECIPE += ("precision", "image_size")
 
 
-def _teacher_args(args):
+def _teacher_args(args, data):
     """The arguments that train the teacher: the same recipe, every loss but cross-entropy off."""
     new = {k: v if k in TEACHER_KEEPS else 0.0 for k, v in vars(args).items()}
-    new |= dict(student=args.teacher, teacher=None, teacher_ckpt=None, method="teacher", seed=0)
-    new |= dict(ce_weight=1.0, lr=args.teacher_lr, epochs=args.teacher_epochs or args.epochs)
+    new |= dict(student=args.teacher, teacher=None, teacher_ckpt=None, method="teacher")
+    new |= dict(ce_weight=1.0, lr=args.teacher_lr, epochs=args.teacher_epochs)
+    new |= dict(seed=0)  # whatever the students' seeds: all of them learn from one teacher
     new |= dict(out=f"runs/teacher-{args.dataset}-{args.teacher}", resume=False)
     new = argparse.Namespace(**new)
-    with contextlib.suppress(UserError):
-        last = read_checkpoint(Path(new.out) / "last.pt")
-        new.resume = last["args"] == lasting(new)
+    with contextlib.suppress(UserError):  # go on with a teacher that was stopped half-way
+        last = _read_last(Path(new.out) / "last.pt")
+        same_data = last["state"].get("data") == data.fingerprint
+        new.resume = same_data and last["args"] == lasting(new)
     return new
-
-
-def _teacher_unfinished(args):
-    if not args.teacher or args.teacher_ckpt or _teacher_file(args).exists():
-        return False
-    return (Path(_teacher_args(args).out) / "last.pt").exists()
-
-
-def _teacher_file(args):
-    return Path(args.teacher_ckpt or f"checkpoints/{args.dataset}_{args.teacher}.pt")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1413,6 +1406,20 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
     return value
+
+
+def at_most(most: int, least: int = 0):
+    """An argparse type: a whole number between the two."""
+
+    def whole_number(text):
+        if not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text}: must be from {least} to {most}")
+        return int(text)
+
+    return whole_number
+
+
+seed, image_size = at_most(2**31 - 1), at_most(4096, least=8)
 
 
 def weight(text: str) -> float:
@@ -1449,13 +1456,19 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     datasets = one_of("data set", list(STATS))
     add("--dataset", type=datasets, default="cifar100", metavar="NAME", help=", ".join(STATS))
     add("--data-dir", default="data", metavar="DIR", help="where the data lies or is downloaded to")
-    add("--image-size", type=positive_int, metavar="N", help="pixels, for folder and stl10 (32)")
+    add("--image-size", type=image_size, default=32, metavar="N", help="pixels, as for folder (32)")
     add(
         "--train-size", type=positive_int, metavar="N", help="train on N images, even classes (all)"
     )
     add("--teacher-ckpt", metavar="FILE", help="a teacher's weights, such as RepDistiller's")
-    add("--seed", type=int, default=0, help="of the student's start, its batches and dropout (0)")
-    add("--seeds", type=int, nargs="+", metavar="N", help="run each, print mean and spread")
+    add(
+        "--seed",
+        type=seed,
+        default=0,
+        metavar="N",
+        help="of the student's start, its batches and dropout (0)",
+    )
+    add("--seeds", type=seed, nargs="+", metavar="N", help="run each, print mean and spread")
     add("--compare", action="store_true", help="train the CE-only and plain KD students too")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: faster where the"
         " processor has it; losses stay in fp32 (fp32)")  # fmt: skip
@@ -1497,7 +1510,7 @@ def launch(main, args, baselines: dict) -> None:
             one = argparse.Namespace(**vars(args) | changes)
             if len(seeds) > 1 or args.compare:
                 print(f"\n== {one.method}, seed {seed}: {folder}", flush=True)
-                one.resume = args.resume and (folder / "last.pt").exists()
+                one.resume = args.resume and (folder / ".lock").exists()
             results.append(main(one))
     print("\n" + table(results))
 
@@ -1507,6 +1520,7 @@ def print_top1(args) -> None:
     data = load_data(args, device)
     student = build_model(args.student, data.num_classes)
     load_weights(student, args.eval)
+    probe(student, data)
     student = student.to(device, memory_format=torch.channels_last)
     print(f"{args.student} from {args.eval}: test {evaluate(student, data, args):.2f} %")
 
@@ -1518,18 +1532,16 @@ def table(results: list[dict]) -> str:
     """
     groups: dict = {}
     for r in results:
-        key = (
-            r["dataset"],
-            r["train_images"],
-            r["epochs"],
-            r["teacher"],
-            r["student"],
-            r["method"],
-        )
-        groups.setdefault((*key, r["teacher_top1"]), []).append(r["student_top1"])
+        key = (r["dataset"], r["train_images"], r["epochs"], r["teacher"], r["student"])
+        key += (r["method"], r["teacher_top1"], r.get("data_hash"))
+        settings = {k: v for k, v in r.get("args", {}).items() if k not in FREE | {"seed"}}
+        group = groups.setdefault((*key, json.dumps(settings, sort_keys=True)), {})
+        group[r.get("seed", len(group))] = r["student_top1"]  # a run given twice counts once
     rows = ["| data, images, epochs | teacher | student | method | n | top-1 % | lowest, highest |"]
     rows.append("|---|---|---|---|---|---|---|")
-    for (dataset, images, epochs, teacher, student, method, top1), values in groups.items():
+    for key, by_seed in groups.items():
+        dataset, images, epochs, teacher, student, method, top1 = key[:7]
+        values = list(by_seed.values())
         mean, n = sum(values) / len(values), len(values)
         spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else None
         figure = f"{mean:.2f}" + (f" ± {spread:.2f}" if n > 1 else "")

@@ -359,6 +359,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--epochs", type=positive_int, default=240, metavar="N", help="drops scale along (240)")
     add("--teacher-epochs", type=positive_int, metavar="N", help="if it must be trained (--epochs)")
     add("--batch-size", type=positive_int, default=128, metavar="N", help="(128)")
+    add("--teacher-lr", type=positive, metavar="X", help="likewise (by its own name, as --lr)")
     add("--lr", type=positive, metavar="X", help="(0.1; MobileNet, ShuffleNet 0.02)")
     add("--momentum", type=weight, default=0.9, metavar="X", help="Nesterov (0.9)")
     add("--weight-decay", type=weight, default=5e-4, metavar="X", help="(0.0005)")
@@ -366,8 +367,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_run_arguments(parser)
     args = parser.parse_args(argv)
     args.script = "nd"
-    args.teacher_lr = default_lr(args.teacher)
-    args.lr = args.lr or default_lr(args.student)
+    args.lr, args.teacher_lr = (
+        args.lr or default_lr(args.student),
+        args.teacher_lr or default_lr(args.teacher),
+    )
+    args.teacher_epochs = args.teacher_epochs or args.epochs
     if args.batch_size < 2:
         raise UserError("--batch-size 1: BatchNorm needs 2 or more")
     if not args.eval:
@@ -386,6 +390,8 @@ def main(args) -> dict:
     """One run, from data to result. With args.teacher None and every weight 0 but that of CE it is
     plain training: so is the teacher trained."""
     run = Run(args)
+    if run.done:  # --resume of a finished run
+        return run.done
     device = pick_device(args.device)
     data = load_data(args, device)
 

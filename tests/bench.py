@@ -129,7 +129,7 @@ def main():
     gain = median["student alone, bf16 channels-last"] / median["student alone, fp32 contiguous"]
     print(f"bf16 channels-last / fp32 contiguous: {gain:.2f}")
     print(f"nd_loss forward and backward: {1e6 * options.batch_size / loss_only:.0f} us a batch")
-    print(f"6,000 shapes drawn in {drawn:.2f} s; peak memory {common.peak_memory_mb()} MB")
+    print(f"6,000 shapes drawn in {drawn:.2f} s; peak memory {common.peak_memory_mb('auto')} MB")
     return {
         "teacher": options.teacher,
         "student": options.student,
@@ -139,7 +139,7 @@ def main():
         "images_per_second": {k: [round(v, 1) for v in values] for k, values in rates.items()},
         "nd_loss_us": round(1e6 * options.batch_size / loss_only, 1),
         "shapes_6000_seconds": round(drawn, 2),
-        "peak_memory_mb": common.peak_memory_mb(),
+        "peak_memory_mb": common.peak_memory_mb("auto"),
     }
 
 
@@ -150,4 +150,4 @@ if __name__ == "__main__":
         result = main()
         os.chdir(here)
     if options.json:
-        common.save_json(options.json, result)
+        common.write_whole(options.json, (json.dumps(result, indent=1) + "\n").encode())

@@ -189,11 +189,11 @@ class Bomb:
 def test_bad_checkpoints_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good = saved(build_model("resnet8", 10).state_dict())
-    refuse(tmp_path, b"", "half-written|damaged")
-    refuse(tmp_path, good[: len(good) // 2], "half-written|damaged")
-    refuse(tmp_path, b"hello, I am text", "damaged|not a checkpoint")
+    refuse(tmp_path, b"", "damaged")
+    refuse(tmp_path, good[: len(good) // 2], "damaged")
+    refuse(tmp_path, b"hello, I am text", "damaged")
     refuse(tmp_path, saved({"model": Bomb()}), "state dict alone")
-    refuse(tmp_path, pickle.dumps({"model": Bomb()}), "state dict alone|damaged|not a checkpoint")
+    refuse(tmp_path, pickle.dumps({"model": Bomb()}), "state dict alone|damaged")
     assert not (tmp_path / "exploded").exists()
     refuse(
         tmp_path, saved(build_model("resnet8", 100).state_dict()), "fc.weight.*number of classes"
@@ -210,7 +210,7 @@ def test_bad_checkpoints_are_refused(tmp_path, monkeypatch):
 def test_every_cut_of_a_checkpoint_is_refused(tmp_path):
     good = saved(build_model("resnet8", 10).state_dict())
     for cut in range(1, len(good) - 1, len(good) // 25):
-        refuse(tmp_path, good[:cut], "half-written|damaged|not a checkpoint|no state dict")
+        refuse(tmp_path, good[:cut], "damaged|no state dict")
 
 
 def test_state_hash_sees_every_tensor():
@@ -240,7 +240,7 @@ def test_files_are_replaced_whole(tmp_path):
 def arguments(**changes):
     import argparse
 
-    values = dict(dataset="shapes", data_dir="data", image_size=None, train_size=None, workers=2)
+    values = dict(dataset="shapes", data_dir="data", image_size=32, train_size=None, workers=2)
     return argparse.Namespace(**values | changes)
 
 

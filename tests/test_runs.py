@@ -77,7 +77,7 @@ def test_one_command_trains_the_teacher_and_writes_the_run(cwd, capsys):
     assert run(QUICK, "--epochs", "2") == 0
     out = cwd / "runs" / "nd-resnet8-resnet8-shapes-s0"
     assert {p.name for p in out.iterdir()} == {
-        "metrics.jsonl", "result.json", "student.pt", "last.pt", "class_means.pt"
+        "metrics.jsonl", "result.json", "student.pt", "last.pt", "class_means.pt", ".lock"
     }  # fmt: skip
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
@@ -111,6 +111,9 @@ def test_another_teacher_recipe_is_never_reused(cwd, capsys):
         assert run(f"{QUICK} --epochs 1 --out b {change}") == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error:") and word in error and "--teacher-ckpt" in error
+    for change, word in (("--momentum 0.5", "momentum"), ("--precision bf16", "precision")):
+        assert run(f"{QUICK} --epochs 1 --out b {change}") == 2
+        assert word in capsys.readouterr().err
     assert run(f"{QUICK} --epochs 1 --seed 3") == 0  # the student's seed is not the teacher's
 
 
@@ -142,9 +145,9 @@ def test_different_widths_train_a_projector_that_is_not_exported(
     cwd, monkeypatch, student, base, any_teacher_passes
 ):
     teacher_file(
-        "teacher.pth", "ResNet50" if student == "MobileNetV2" and base == "reviewkd" else "resnet8"
+        "teacher.pth", "vgg8" if student == "MobileNetV2" and base == "reviewkd" else "resnet8"
     )
-    teacher = "ResNet50" if student == "MobileNetV2" and base == "reviewkd" else "resnet8"
+    teacher = "vgg8" if student == "MobileNetV2" and base == "reviewkd" else "resnet8"
     optimizers, made = [], []
     sgd, module_dict = torch.optim.SGD, torch.nn.ModuleDict
 
@@ -227,6 +230,8 @@ def test_schedule_at_240_epochs_is_the_published_one(cwd, monkeypatch, any_teach
     monkeypatch.setattr(nd, "Meter", Short)
     monkeypatch.setattr(nd, "evaluate", lambda *a: 0.0)
     monkeypatch.setattr(nd.Run, "_save", lambda *a: None)
+    monkeypatch.setattr(nd.Run, "_write_metrics", lambda *a: None)
+    monkeypatch.setattr(nd.Meter, "report", lambda *a: None)
     batch = (torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))
     monkeypatch.setattr(common.Data, "batches", lambda *a, **k: iter([batch] * 2))
     monkeypatch.setattr(common.Data, "steps", lambda *a: 2)
@@ -393,7 +398,7 @@ def test_a_stop_while_the_teacher_trains(cwd, monkeypatch):
         stop_in(patch, 3)
         assert run(command, "parts") == 143
     assert not list(cwd.glob("checkpoints/*"))
-    assert run(command, "parts", "--resume") == 0
+    assert run(command, "parts", "--resume") == 0  # the teacher goes on as well
     assert same(weights("checkpoints1/shapes_resnet8.pt"), weights("checkpoints/shapes_resnet8.pt"))
     assert same(weights("whole/student.pt"), weights("parts/student.pt"))
 
@@ -428,14 +433,54 @@ def test_work_is_never_overwritten(cwd, monkeypatch, capsys, any_teacher_passes)
         stop_in(patch, 3)
         assert run(command, "--epochs", "2") == 143
     assert run(command, "--epochs", "1") == 0
-    assert torch.load("o.old1/last.pt", weights_only=True)["epoch"] == 1  # the stopped run
-    assert run(command, "--epochs", "2") == 0
-    assert result("o.old2")["epochs"] == 1  # a finished run of other arguments
-    assert run(command, "--epochs", "2") == 0
-    assert not Path("o.old3").exists()  # the same run again: simply replaced
+    assert torch.load("o/old1/last.pt", weights_only=True)["epoch"] == 1  # the stopped run
+    for bad in ("--train-size 5", "--teacher-ckpt absent.pth", "--dataset folder --data-dir none"):
+        assert run(command, *bad.split()) == 2
+        assert result("o")["epochs"] == 1 and not Path("o/old2").exists()
+    assert run(f"{command} --epochs 2 --compare") == 0
+    assert result("o/old2")["epochs"] == 1 and {"ce", "kd"} < {p.name for p in Path("o").iterdir()}
+    assert "kept in o/old2" in capsys.readouterr().err
 
 
-def test_resume_refuses_other_arguments(cwd, capsys, any_teacher_passes):
+def test_two_processes_cannot_share_a_folder(cwd, any_teacher_passes, capsys):
+    teacher_file()
+    Path("o").mkdir()
+    code = "import fcntl, sys; f = open('o/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+    code += "print('locked', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    holder.stdout.readline()
+    command = f"{QUICK} --teacher-ckpt teacher.pth --out o --epochs 1"
+    assert run(command) == 2
+    assert "another process" in capsys.readouterr().err
+    holder.kill()
+    holder.wait()
+    assert run(command) == 0
+
+
+def test_a_full_disk_ends_in_one_line(cwd, monkeypatch, capsys, any_teacher_passes):
+    teacher_file()
+    command = f"{QUICK} --teacher-ckpt teacher.pth --out o --epochs 3"
+    save, count = common.os.fsync, [0]
+
+    def full(handle):
+        count[0] += 1
+        if count[0] == 4:
+            raise OSError(28, "No space left on device", "o/last.pt")
+        save(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.os, "fsync", full)
+        assert run(command) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert torch.load("o/last.pt", weights_only=True)["epoch"] == 1
+    assert not list(Path("o").glob("*.tmp"))
+    assert run(command, "--resume") == 0
+    assert len(Path("o/metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_resume_refuses_other_arguments(cwd, capsys, monkeypatch, any_teacher_passes):
     teacher_file()
     command = f"{QUICK} --epochs 2 --teacher-ckpt teacher.pth --out o"
     assert run(command) == 0
@@ -443,9 +488,12 @@ def test_resume_refuses_other_arguments(cwd, capsys, any_teacher_passes):
         assert run(command, "--resume", *change.split()) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: --resume") and change.split()[0] in error
+    with monkeypatch.context() as patch:
+        stop_in(patch, 3)
+        assert run(command, "--seed", "1") == 143
     torch.save(common.build_model("resnet8", 24).state_dict(), "teacher.pth")
-    assert run(command, "--resume") == 2
-    assert "teacher" in capsys.readouterr().err
+    assert run(command, "--seed", "1", "--resume") == 2
+    assert "the teacher is not the one" in capsys.readouterr().err
 
 
 # --- bad input -----------------------------------------------------------------------------------
@@ -475,6 +523,10 @@ BAD = {  # arguments -> words of the error
     "--resume --out torn": "--resume|last.pt",
     "--eval absent.pt": "absent.pt",
     "--seeds one": "--seeds",
+    "--seed -1": "--seed",
+    "--seed 99999999999999999999": "--seed",
+    "--image-size 0": "--image-size",
+    "--image-size 1000000": "--image-size",
     "--frobnicate": "--frobnicate",
     "--epoch 3": "--epoch",
     "--base nd": "--base",
@@ -482,7 +534,7 @@ BAD = {  # arguments -> words of the error
     "--dataset folder --data-dir damaged": "0.png",
     "--dataset folder --data-dir classless": "empty",
     "--ce-weight 0 --kd-weight 0 --nd-weight 0": "--ce-weight 0",
-    "--student vit_b_16": "VisionTransformer",
+    "--student vit_b_16": "vit_b_16 does not take 32-pixel images",
     "--base reviewkd --student vgg8 --teacher-ckpt {good}": "--base reviewkd",
     "--device cuda": "--device cuda",
 }
