@@ -27,11 +27,13 @@ import platform
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -79,9 +81,7 @@ def run_program(program, argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        message = (
-            f"{error.filename or 'file'}: {error.strerror or error}; free or mend it, then go on"
-        )
+        message = f"{error.filename or 'a file'}: {error.strerror or error}"
     except (MemoryError, torch.OutOfMemoryError):
         message = "out of memory: lower --batch-size, --train-size or --image-size"
     except RuntimeError as error:
@@ -91,7 +91,7 @@ def run_program(program, argv: list[str] | None = None) -> int:
     except Stopped as stop:
         print(f"\nstopped by signal {stop.args[0]}; --resume goes on from here", file=sys.stderr)
         return 128 + stop.args[0]
-    print(f"error: {message}", file=sys.stderr)
+    print("error: " + message.replace("\n", " "), file=sys.stderr)
     return 2
 
 
@@ -561,6 +561,8 @@ def read_checkpoint(path: str | Path):
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is not None:
+            raise ValueError("a checksum is wrong")  # torch.load does not look at them
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -572,7 +574,7 @@ def read_checkpoint(path: str | Path):
                 f"{path}: holds Python objects besides tensors, which loading would run as code;"
                 " save its state dict alone"
             ) from None
-        raise UserError(f"{path}: damaged, half-written or not a checkpoint") from None
+        raise UserError(f"{path}: damaged, half-written or not a checkpoint; replace it") from None
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -817,6 +819,19 @@ def _resize(images, size):
     return torch.cat(resized).contiguous()
 
 
+class _Tree(torchvision.datasets.ImageFolder):
+    def find_classes(self, directory):
+        names = sorted(e.name for e in os.scandir(directory) if e.is_dir() and e.name[0] != ".")
+        if not names:
+            raise FileNotFoundError("no class folders")
+        return names, {name: label for label, name in enumerate(names)}
+
+
+def _is_image(path):
+    extensions = torchvision.datasets.folder.IMG_EXTENSIONS
+    return path.lower().endswith(extensions) and not os.path.basename(path).startswith(".")
+
+
 def _read_trees(root, size, workers):
     train_dir = root / "train"
     test_dir = next((d for d in (root / "val", root / "test") if d.is_dir()), root / "val")
@@ -828,9 +843,10 @@ def _read_trees(root, size, workers):
                 f" {root}/val/<class>/*.png (--dataset shapes needs no files)"
             )
         try:
-            sets.append(torchvision.datasets.ImageFolder(str(folder)))
+            sets.append(_Tree(str(folder), is_valid_file=_is_image))
         except FileNotFoundError as error:  # no class folders, or one without images
-            raise UserError(f"{folder}: {str(error).splitlines()[0]}") from None
+            reason = str(error).splitlines()[0].rstrip(". ")
+            raise UserError(f"{folder}: {reason}: add images or remove the folder") from None
     if len(sets[0].classes) < 2:
         raise UserError(f"{train_dir}: one class only; there must be two or more class folders")
     if sets[0].classes != sets[1].classes:
@@ -880,6 +896,8 @@ def _decode(path, size):
     """Shorter side to `size`, centre square."""
     try:
         with Image.open(path) as file:
+            if file.mode == "I;16":  # convert() would clip 16 bits instead of scaling them
+                file = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
             image = file.convert("RGB")
     except Exception as error:  # Pillow raises many kinds for a damaged file
         raise UserError(
@@ -1009,12 +1027,15 @@ def kept(path: Path, made_by: dict, compute):
 
 # Arguments that may differ between a run and its resumption: they do not change what is computed.
 FREE = {"resume", "out", "device", "workers", "compile", "compare", "seeds", "eval", "data_dir"}
-FREE |= {"script", "teacher_ckpt"}  # the teacher's weights are compared by their hash
+FREE |= {"script", "method", "teacher_ckpt"}  # the teacher's weights are compared by their hash
 
 
 def lasting(args) -> dict:
     """The arguments that decide what a run computes."""
     return {k: v for k, v in vars(args).items() if k not in FREE}
+
+
+FILES = ("last.pt", "metrics.jsonl", "result.json", "student.pt")
 
 
 class Run:
@@ -1031,7 +1052,7 @@ class Run:
             if changed:
                 was = ", ".join(f"{flag(k)} {saved.get(k)}" for k in changed)
                 raise UserError(f"--resume: {self.dir} was started with {was}; give the same again")
-            if self.saved["epoch"] == args.epochs and (self.dir / "result.json").exists():
+            if self.saved["epoch"] == args.epochs and all((self.dir / f).exists() for f in FILES):
                 self.done = json.loads((self.dir / "result.json").read_text())
         elif args.resume and not lock.exists():
             raise UserError(f"--resume: nothing to resume in {self.dir} (no last.pt)")
@@ -1051,8 +1072,7 @@ class Run:
         Files of an earlier run are not lost: they move to a folder `old1`, `old2`, ...
         """
         if self.saved is None:
-            names = ("last.pt", "metrics.jsonl", "result.json", "student.pt")
-            if old := [self.dir / name for name in names if (self.dir / name).exists()]:
+            if old := [self.dir / name for name in FILES if (self.dir / name).exists()]:
                 number = 1
                 while (aside := self.dir / f"old{number}").exists():
                     number += 1
@@ -1066,7 +1086,10 @@ class Run:
             saved = self.saved["state"].get(name)
             if not hasattr(value, "load_state_dict"):
                 if value != saved:
-                    raise UserError(f"--resume: the {name} is not the one {self.last} began with")
+                    raise UserError(
+                        f"--resume: the {name} is not the one {self.last} began with; give that,"
+                        " or start anew without --resume"
+                    )
             else:
                 try:
                     value.load_state_dict(saved)
@@ -1192,7 +1215,7 @@ class Meter:
         self.epoch, self.epochs, self.total = epoch, epochs, images_per_epoch
         self.images, self.sums, self.bad, self.names = 0, 0, None, ()
         self.start = self.shown = time.perf_counter()
-        self.live = sys.stdout.isatty()
+        self.live = bool(sys.stdout) and sys.stdout.isatty()
 
     def add(self, logits: Tensor, labels: Tensor, terms: dict) -> None:
         """One step: a loss term is a 0-dim tensor, or the number 0.0 where it is switched off."""
@@ -1211,7 +1234,8 @@ class Meter:
             self.shown = now
             self.check()
             if self.live:
-                print("\r" + self._line(now - self.start) + "\x1b[K", end="", flush=True)
+                width = shutil.get_terminal_size().columns - 1  # \r cannot go back over a wrap
+                print(f"\r{self._line(now - self.start)[:width]}\x1b[K", end="", flush=True)
 
     def check(self):
         if self.bad is not None and bool(self.bad.any()):
@@ -1335,7 +1359,9 @@ def get_teacher(args, data: Data, train) -> Teacher:
             _check_recipe(path, recipe)
         else:
             print(f"teacher: no {path}; training it for {teacher_args.epochs} epochs", flush=True)
-            result = train(teacher_args)
+            path.parent.mkdir(exist_ok=True)  # before the work, not after it
+            with torch.random.fork_rng():  # so that the student's run is the same without this
+                result = train(teacher_args)
             weights = read_checkpoint(Path(teacher_args.out) / "student.pt")
             top1 = result["student_top1"]
             save_whole(path, {"model": weights, "recipe": recipe, "test_top1": top1})
@@ -1346,15 +1372,15 @@ def get_teacher(args, data: Data, train) -> Teacher:
     net = fold_batchnorm(net, next(data.batches("test", 2))[0])
     key = (weights_hash, data.fingerprint, args.precision)
     if key not in _EVALUATED:
-        _EVALUATED[key] = evaluate(net, data, args)
-    top1 = _EVALUATED[key]
-    print(f"teacher {args.teacher} from {path}: test {top1:.2f} %", flush=True)
-    if near_chance(top1, data.num_classes):
-        problem = f"{path}: {top1:.2f} % on the test images is near chance"
-        if args.teacher_ckpt:
-            raise UserError(f"{problem}: other class order, preprocessing or --dataset?")
-        print(f"warning: {problem}: train it longer (--teacher-epochs)", file=sys.stderr)
-    return Teacher(net, top1, weights_hash)
+        top1 = evaluate(net, data, args)
+        print(f"teacher {args.teacher} from {path}: test {top1:.2f} %", flush=True)
+        if near_chance(top1, data.num_classes):
+            problem = f"{path}: {top1:.2f} % on the test images is near chance"
+            if args.teacher_ckpt:
+                raise UserError(f"{problem}: other class order, preprocessing or --dataset?")
+            print(f"warning: {problem}: train it longer (--teacher-epochs)", file=sys.stderr)
+        _EVALUATED[key] = top1
+    return Teacher(net, _EVALUATED[key], weights_hash)
 
 
 def near_chance(top1: float, num_classes: int) -> bool:
@@ -1368,8 +1394,8 @@ def _check_recipe(path, recipe):
     other = [f"{k} {saved.get(k)} (asked: {v})" for k, v in recipe.items() if saved.get(k) != v]
     if other:
         raise UserError(
-            f"{path} is a teacher trained otherwise: {', '.join(other)}. To use it anyway give"
-            f" --teacher-ckpt {path}; to train another, move it away"
+            f"{path} is a teacher trained otherwise: {', '.join(other)}. Ask for the same, or give"
+            f" --teacher-ckpt {path} to use it anyway, or move it away to train another"
         )
 
 
@@ -1431,9 +1457,15 @@ def weight(text: str) -> float:
 
 
 def positive(text: str) -> float:
-    if (value := weight(text)) == 0:
-        raise argparse.ArgumentTypeError("0: must be more than 0")
-    return value
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be a finite number above 0")
+    return float(text)
+
+
+def below_one(text: str) -> float:
+    if weight(text) >= 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be below 1")
+    return float(text)
 
 
 positive_int.__name__, positive.__name__ = "whole number", "number"  # argparse: "invalid ... value"
@@ -1498,20 +1530,24 @@ def launch(main, args, baselines: dict) -> None:
         return print_top1(args)
     if args.teacher_ckpt:
         read_checkpoint(args.teacher_ckpt)  # fail before the data is read
-    results, seeds = [], args.seeds or [args.seed]
-    for seed in dict.fromkeys(seeds):
+    results, runs = [], []
+    for seed in dict.fromkeys(args.seeds or [args.seed]):
         name = f"{args.script}-{args.teacher}-{args.student}-{args.dataset}-s{seed}"
         out = Path(args.out or f"runs/{name}")
         out = out / f"s{seed}" if args.out and args.seeds else out
-        wanted = baselines if args.compare else {}
-        runs = {n: out / n for n, b in wanted.items() if b["method"] != args.method}
-        for name, folder in (runs | {"": out}).items():
-            changes = {**baselines.get(name, {}), "seed": seed, "out": str(folder)}
-            one = argparse.Namespace(**vars(args) | changes)
-            if len(seeds) > 1 or args.compare:
-                print(f"\n== {one.method}, seed {seed}: {folder}", flush=True)
-                one.resume = args.resume and (folder / ".lock").exists()
-            results.append(main(one))
+        for baseline, changes in (baselines if args.compare else {}).items():
+            if changes["method"] != args.method:
+                runs.append(vars(args) | changes | {"seed": seed, "out": str(out / baseline)})
+        runs.append(vars(args) | {"seed": seed, "out": str(out)})
+    if args.resume and len(runs) > 1:
+        for run in runs:
+            run["resume"] = (Path(run["out"]) / ".lock").exists()  # those not reached start now
+        if not any(run["resume"] for run in runs):
+            raise UserError(f"--resume: nothing to resume in {runs[-1]['out']}")
+    for run in runs:
+        if len(runs) > 1:
+            print(f"\n== {run['method']}, seed {run['seed']}: {run['out']}", flush=True)
+        results.append(main(argparse.Namespace(**run)))
     print("\n" + table(results))
 
 

@@ -48,6 +48,7 @@ from common import (  # nothing in there knows about distillation
     UserError,  # ends the program with one line and status 2
     add_run_arguments,
     autocast,
+    below_one,
     build_model,  # network(x, return_features=True) -> logits, (.embedding, .maps, .preact)
     evaluate,
     get_teacher,  # loads it, or trains it first by calling main
@@ -361,16 +362,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--batch-size", type=positive_int, default=128, metavar="N", help="(128)")
     add("--teacher-lr", type=positive, metavar="X", help="likewise (by its own name, as --lr)")
     add("--lr", type=positive, metavar="X", help="(0.1; MobileNet, ShuffleNet 0.02)")
-    add("--momentum", type=weight, default=0.9, metavar="X", help="Nesterov (0.9)")
+    add("--momentum", type=below_one, default=0.9, metavar="X", help="Nesterov (0.9)")
     add("--weight-decay", type=weight, default=5e-4, metavar="X", help="(0.0005)")
 
     add_run_arguments(parser)
     args = parser.parse_args(argv)
     args.script = "nd"
-    args.lr, args.teacher_lr = (
-        args.lr or default_lr(args.student),
-        args.teacher_lr or default_lr(args.teacher),
-    )
+    args.lr = args.lr or default_lr(args.student)
+    args.teacher_lr = args.teacher_lr or default_lr(args.teacher)
     args.teacher_epochs = args.teacher_epochs or args.epochs
     if args.batch_size < 2:
         raise UserError("--batch-size 1: BatchNorm needs 2 or more")
@@ -395,20 +394,18 @@ def main(args) -> dict:
     device = pick_device(args.device)
     data = load_data(args, device)
 
-    # Teacher: loaded, or trained first by this very function; in eval mode and frozen from here on.
-    teacher = get_teacher(args, data, main) if args.teacher else None
-
     # Student. Seeded here, so that its start does not depend on what happened before.
     torch.manual_seed(args.seed)
     student = build_model(args.student, data.num_classes)
-    student_sees = probe(student, data)  # to read off the widths
 
-    # What is trained beside the student and thrown away afterwards.
+    # What is trained beside the student and thrown away afterwards. The widths are read off an
+    # untrained teacher, so that a pair that does not fit is refused before any long work.
     helpers = nn.ModuleDict()
     helpers["projector"] = nn.Identity()
+    student_sees = probe(student, data)
     uses_embedding = args.nd_weight or args.direction_weight or args.norm_weight
-    if teacher:
-        teacher_sees = probe(teacher.net, data)
+    if args.teacher:
+        teacher_sees = probe(build_model(args.teacher, data.num_classes), data)
         width, teacher_width = student_sees.embedding.shape[1], teacher_sees.embedding.shape[1]
         if uses_embedding and width != teacher_width:
             layers = nn.BatchNorm1d(width), nn.Dropout(0.5), nn.Linear(width, teacher_width)
@@ -423,6 +420,9 @@ def main(args) -> dict:
                 )
             mid_channels = min(512, student_channels[-1])
             helpers["review"] = ReviewKD(student_channels, teacher_channels, mid_channels)
+
+    # Teacher: loaded, or trained first by this very function; in eval mode and frozen from here on.
+    teacher = get_teacher(args, data, main) if args.teacher else None
     uses_means = args.nd_weight or args.direction_weight
     class_means = load_class_means(args, data, teacher, run) if uses_means else None
 
