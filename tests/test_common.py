@@ -213,6 +213,12 @@ def test_every_cut_of_a_checkpoint_is_refused(tmp_path):
         refuse(tmp_path, good[:cut], "damaged|no state dict")
 
 
+def test_a_flipped_bit_is_noticed(tmp_path):
+    good = bytearray(saved(build_model("resnet8", 10).state_dict()))
+    good[len(good) // 2] ^= 1
+    refuse(tmp_path, bytes(good), "damaged")
+
+
 def test_state_hash_sees_every_tensor():
     net = build_model("resnet8", 10)
     first = common.state_hash(net)
@@ -367,6 +373,30 @@ def test_other_sizes_grey_and_cmyk_images(tmp_path):
     Image.new("CMYK", (64, 48)).save(tmp_path / "train" / "class0" / "ink.jpg")
     data = common.load_data(arguments(dataset="folder", data_dir=str(tmp_path), image_size=24), CPU)
     assert data.train.images.shape == (14, 24, 24, 3) and data.pad == 3
+
+
+def test_sixteen_bit_grey_is_scaled_and_hidden_files_are_skipped(tmp_path):
+    tree(tmp_path)
+    ramp = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 64
+    Image.fromarray(ramp).save(tmp_path / "train" / "class0" / "deep.png")
+    (tmp_path / "train" / "class0" / "._0.png").write_bytes(b"not an image")
+    (tmp_path / "train" / "class0" / "notes.txt").write_text("not an image")
+    (tmp_path / "train" / ".cache").mkdir()
+    data = common.load_data(arguments(dataset="folder", data_dir=str(tmp_path)), CPU)
+    assert data.classes == ["class0", "class1", "class2"] and len(data.train.labels) == 13
+    assert np.array_equal(data.train.images[4, :, :, 0].numpy(), ramp // 256)
+
+
+def test_swapped_class_folders_are_decoded_again(tmp_path):
+    """Same names, sizes and times: only the paths tell the images apart."""
+    tree(tmp_path, classes=2)
+    options = arguments(dataset="folder", data_dir=str(tmp_path))
+    first = common.load_data(options, CPU).train.images
+    for a, b in (("class0", "x"), ("class1", "class0"), ("x", "class1")):
+        (tmp_path / "train" / a).rename(tmp_path / "train" / b)
+    common._LOADED.clear()
+    again = common.load_data(options, CPU).train.images
+    assert torch.equal(again, torch.cat([first[4:], first[:4]]))
 
 
 def test_bad_trees(tmp_path):

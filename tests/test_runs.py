@@ -322,8 +322,9 @@ def test_eval_prints_the_students_top1(cwd, capsys, any_teacher_passes):
     teacher_file()
     assert run(f"{QUICK} --epochs 1 --teacher-ckpt teacher.pth --out o") == 0
     capsys.readouterr()
-    assert run(f"{QUICK} --eval o/student.pt") == 0
-    assert f"test {result('o')['student_top1']:.2f} %" in capsys.readouterr().out
+    for name in ("student.pt", "last.pt"):
+        assert run(f"{QUICK} --eval o/{name}") == 0
+        assert f"test {result('o')['student_top1']:.2f} %" in capsys.readouterr().out
 
 
 def test_bf16_trains_and_reports_finite_terms(cwd, any_teacher_passes):
@@ -409,13 +410,13 @@ def test_kill_and_resume_in_a_real_process(cwd):
     script += "sys.exit(common.run_program(nd.program))"
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
     command = [sys.executable, "-c", script, *shlex.split(QUICK), "--teacher-ckpt", "teacher.pth"]
-    command += ["--epochs", "6", "--out"]
+    command += ["--epochs", "4", "--out"]
     subprocess.run([*command, "whole"], env=environment, check=True, capture_output=True)
     process = subprocess.Popen(
         [*command, "parts"], env=environment, stdout=subprocess.PIPE, text=True
     )
     for line in process.stdout:
-        if line.startswith("epoch   2/6"):
+        if line.startswith("epoch   2/4"):
             break
     process.kill()
     process.wait()
@@ -440,6 +441,41 @@ def test_work_is_never_overwritten(cwd, monkeypatch, capsys, any_teacher_passes)
     assert run(f"{command} --epochs 2 --compare") == 0
     assert result("o/old2")["epochs"] == 1 and {"ce", "kd"} < {p.name for p in Path("o").iterdir()}
     assert "kept in o/old2" in capsys.readouterr().err
+
+
+def test_resume_of_several_runs(cwd, monkeypatch, capsys, any_teacher_passes):
+    """Finished ones are left alone, the stopped one goes on, the others start."""
+    teacher_file()
+    command = f"{QUICK} --epochs 2 --teacher-ckpt teacher.pth --compare --seeds 0 1 --out"
+    assert run(command, "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_in(patch, 4 + 3)  # in the second epoch of the second run
+        assert run(command, "o") == 143
+    finished = Path("o/s0/ce/result.json")
+    stamp = finished.stat().st_mtime_ns
+    assert run(command, "o", "--resume") == 0
+    assert finished.stat().st_mtime_ns == stamp
+    for path in Path("whole").rglob("student.pt"):
+        assert same(weights(path), weights("o" / path.relative_to("whole")))
+    assert not list(Path("o").rglob("old1"))
+    assert run(command, "elsewhere", "--resume") == 2
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+def test_a_pair_that_does_not_fit_is_refused_before_the_teacher_is_trained(
+    cwd, monkeypatch, capsys
+):
+    monkeypatch.setattr(common, "save_whole", lambda *a: pytest.fail("something was trained"))
+    assert run(f"{QUICK} --epochs 1 --base reviewkd --student vgg8") == 2
+    assert run(f"{QUICK} --epochs 1 --student alexnet") == 2
+    assert "alexnet does not take 32-pixel images" in capsys.readouterr().err
+
+
+def test_the_student_is_the_same_whether_the_teacher_was_there_or_not(cwd):
+    command = f"{WIDE} --epochs 1 --out"
+    assert run(command, "first") == 0  # trains the teacher
+    assert run(command, "second") == 0  # loads it
+    assert same(weights("first/student.pt"), weights("second/student.pt"))
 
 
 def test_two_processes_cannot_share_a_folder(cwd, any_teacher_passes, capsys):
