@@ -1062,6 +1062,8 @@ class Run:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--out {self.dir}: another process is at work there") from None
+        except OSError:
+            pass  # a file system without locks
         for half_written in self.dir.glob("*.tmp"):
             half_written.unlink()
 
@@ -1360,7 +1362,8 @@ def get_teacher(args, data: Data, train) -> Teacher:
         else:
             print(f"teacher: no {path}; training it for {teacher_args.epochs} epochs", flush=True)
             path.parent.mkdir(exist_ok=True)  # before the work, not after it
-            with torch.random.fork_rng():  # so that the student's run is the same without this
+            gpus = [torch.cuda.current_device()] if data.device.type == "cuda" else []
+            with torch.random.fork_rng(gpus):  # so that the student's run is the same without this
                 result = train(teacher_args)
             weights = read_checkpoint(Path(teacher_args.out) / "student.pt")
             top1 = result["student_top1"]
@@ -1523,7 +1526,8 @@ def launch(main, args, baselines: dict) -> None:
     baselines: name -> the arguments that make it, such as {"ce": {"kd_weight": 0.0, ...}}. A
     baseline's folder is `<out>/<name>`, a seed's `<out>/s<seed>` where --out is given.
     """
-    pick_device(args.device)
+    if pick_device(args.device).type == "cuda":
+        torch.backends.cudnn.benchmark = True  # shapes are the same at every step
     if args.resume and args.eval:
         raise UserError("--resume and --eval: choose one")
     if args.eval:

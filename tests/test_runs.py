@@ -683,6 +683,18 @@ def readme_commands():
     return sorted(commands)
 
 
+def test_readme_snippet_runs():
+    text = (ROOT / "README.md").read_text()
+    scope = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.S).group(1), scope)
+    student, teacher = common.build_model("resnet8", 3), common.build_model("resnet8", 3)
+    before = student.fc.weight.detach().clone()
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    batches = [(torch.randn(6, 3, 32, 32), torch.arange(6) % 3)] * 2
+    scope["distill"](student, teacher, batches, optimizer, 3)
+    assert not torch.equal(student.fc.weight, before)
+
+
 @pytest.mark.parametrize("command", readme_commands())
 def test_readme_commands_run(cwd, command, capsys, any_teacher_passes):
     """As printed, then shortened: one epoch of few images, a CIFAR-100 tree of random pixels."""
