@@ -18,9 +18,16 @@ embedding after a projector (BatchNorm, Dropout, Linear) that is thrown away aft
 
     python nd.py --teacher resnet56 --student resnet20            CIFAR-100, the benchmark recipe
     python nd.py --base dkd --compare --seeds 0 1 2               DKD++, DKD, KD and CE, 3 seeds
-    python nd.py --dataset shapes --teacher resnet14 --student resnet8 --epochs 5 --compare
+    python nd.py --dataset shapes --teacher resnet14 --student resnet8 --epochs 4 --batch-size 64
 
-RESULT_PLACEHOLDER
+Measured, top-1 % of the last epoch on CIFAR-100's test images, mean ± standard deviation over the
+seeds 0, 1, 2; resnet56 (69.56 %) -> resnet8, two CPU cores, and so a small budget: 10,000 training
+images, 15 epochs (--train-size 10000 --epochs 15 --compare --seeds 0 1 2). It shows that the code
+works, not what the method gains in 240 epochs.
+
+    CE    24.29 ± 0.53
+    KD    34.07 ± 0.27
+    KD++  35.46 ± 0.90
 
 Differs from the paper and its code:
  1. Class means come from clean training images (--class-means augmented: the official way) and are
