@@ -1445,6 +1445,7 @@ def at_most(most: int, least: int = 0):
             raise argparse.ArgumentTypeError(f"{text}: must be from {least} to {most}")
         return int(text)
 
+    whole_number.__name__ = "whole number"  # argparse: "invalid whole number value"
     return whole_number
 
 
