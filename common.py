@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import copy
 import difflib
+import errno
 import fcntl
 import hashlib
 import io
@@ -1044,6 +1045,7 @@ class Run:
     def __init__(self, args):
         self.args, self.dir, self.history = args, Path(args.out), []
         self.last, self.saved, self.done = self.dir / "last.pt", None, None
+        self.on_gpu = pick_device(args.device).type == "cuda"
         lock = self.dir / ".lock"  # also the sign that a run was started here
         if args.resume and self.last.exists():
             self.saved = _read_last(self.last)
@@ -1053,17 +1055,17 @@ class Run:
                 was = ", ".join(f"{flag(k)} {saved.get(k)}" for k in changed)
                 raise UserError(f"--resume: {self.dir} was started with {was}; give the same again")
             if self.saved["epoch"] == args.epochs and all((self.dir / f).exists() for f in FILES):
-                self.done = json.loads((self.dir / "result.json").read_text())
+                with contextlib.suppress(ValueError):  # damaged: written again
+                    self.done = json.loads((self.dir / "result.json").read_text())
         elif args.resume and not lock.exists():
             raise UserError(f"--resume: nothing to resume in {self.dir} (no last.pt)")
         self.dir.mkdir(parents=True, exist_ok=True)
         self.lock = open(lock, "w")  # held until the process ends
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--out {self.dir}: another process is at work there") from None
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:  # others: a file system without locks, where we do without
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(f"--out {self.dir}: another process is at work there") from None
         for half_written in self.dir.glob("*.tmp"):
             half_written.unlink()
 
@@ -1073,6 +1075,8 @@ class Run:
         Of a fresh run it saves the start, so that there is always something whole to resume from.
         Files of an earlier run are not lost: they move to a folder `old1`, `old2`, ...
         """
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         if self.saved is None:
             if old := [self.dir / name for name in FILES if (self.dir / name).exists()]:
                 number = 1
@@ -1099,16 +1103,13 @@ class Run:
                     raise UserError(f"--resume: {self.last} does not hold this {name}") from None
         torch.set_rng_state(self.saved["rng"])
         random.setstate(self.saved["python_rng"])
-        if pick_device(self.args.device).type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            if self.saved["cuda_rng"] is not None:
-                torch.cuda.set_rng_state(self.saved["cuda_rng"])
+        if self.saved["cuda_rng"] is not None and self.on_gpu:
+            torch.cuda.set_rng_state(self.saved["cuda_rng"])
         self.history = self.saved["history"]
         return self.saved["epoch"]
 
     def _save(self, epoch, objects):
         state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in objects.items()}
-        on_gpu = pick_device(self.args.device).type == "cuda"
         save_whole(
             self.last,
             {
@@ -1118,7 +1119,7 @@ class Run:
                 "history": self.history,
                 "rng": torch.get_rng_state(),
                 "python_rng": random.getstate(),
-                "cuda_rng": torch.cuda.get_rng_state() if on_gpu else None,
+                "cuda_rng": torch.cuda.get_rng_state() if self.on_gpu else None,
             },
         )
 
@@ -1393,7 +1394,8 @@ def near_chance(top1: float, num_classes: int) -> bool:
 
 def _check_recipe(path, recipe):
     saved = read_checkpoint(path)
-    saved = saved.get("recipe", {}) if isinstance(saved, dict) else {}
+    saved = saved.get("recipe") if isinstance(saved, dict) else None
+    saved = saved if isinstance(saved, dict) else {}
     other = [f"{k} {saved.get(k)} (asked: {v})" for k, v in recipe.items() if saved.get(k) != v]
     if other:
         raise UserError(
