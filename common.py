@@ -1601,8 +1601,12 @@ def print_table(paths: list[str] | None) -> None:
     results = []
     for path in sys.argv[1:] if paths is None else paths:
         try:
-            results.append(json.loads(Path(path).read_text()))
-            table(results[-1:])
+            result = json.loads(Path(path).read_text())
+            if "method" not in result:
+                print(f"note: {path} is not of a training run: left out", file=sys.stderr)
+                continue
+            table([result])
+            results.append(result)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a result of a run ({error})") from None
     if not results:

@@ -43,3 +43,12 @@ def test_results_are_of_the_same_recipe_seeds_and_data():
             assert r["args"][key] == results[0]["args"][key]
     assert {"CE", "KD", "KD++"} <= methods.keys()
     assert all(sorted(seeds) == [0, 1, 2] for seeds in methods.values())
+
+
+def test_the_table_of_everything_prints(capsys):
+    paths = [str(path) for path in sorted(ROOT.glob("results/*.json"))]
+    assert common.run_program(common.print_table, paths) == 0
+    captured = capsys.readouterr()
+    assert (
+        "| KD++ | 3 |" in captured.out and "bench-nd.json is not of a training run" in captured.err
+    )
