@@ -34,8 +34,8 @@ Differs from the paper and its code:
     summed in double precision; the official code rounds each value to 4 decimals.
  2. One vectorised loss; where |s| = |t| = 0 it is 1 with zero gradient instead of 0/0.
  3. The result is the last epoch. The paper's code keeps the epoch that is best on the test set.
- 4. The projector and all classifiers start as PyTorch starts them; the official wrapper resets the
-    student's classifier too whenever there is a projector.
+ 4. The projector starts as PyTorch starts it and leaves the student's classifier alone; the paper's
+    code resets that classifier too whenever there is a projector.
  5. The drops of the learning rate and the warm-up are fractions of the run (of 240 epochs: 150,
     180, 210 and 20, as published), so that a shorter run keeps the recipe's shape.
  6. ReviewKD works for every pair with as many stages, resized to the teacher's maps.

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import common
@@ -52,3 +53,18 @@ def test_the_table_of_everything_prints(capsys):
     assert (
         "| KD++ | 3 |" in captured.out and "bench-nd.json is not of a training run" in captured.err
     )
+
+
+def test_readme_speed_and_differences_are_those_of_the_results():
+    text = (ROOT / "README.md").read_text()
+    bench = load("results/bench-nd.json")[0]
+    median = {k: statistics.median(v) for k, v in bench["images_per_second"].items()}
+    bare = median["bare, teacher folded"]
+    for name, value in median.items():
+        assert f"| {name} | {value:.0f} | {value / bare:.2f} |" in text, name
+    bf16 = median["student alone, bf16 channels-last"] / median["student alone, fp32 contiguous"]
+    assert f"{bf16:.2f} times fp32 contiguous" in text
+    assert f"Peak memory {bench['peak_memory_mb']} MB" in text
+    top1 = {(r["method"], r["seed"]): r["student_top1"] for r in load("results/cifar100-*.json")}
+    gains = [f"{top1['KD++', seed] - top1['KD', seed]:.1f}" for seed in (0, 1, 2)]
+    assert f"(by {gains[0]}, {gains[1]} and {gains[2]} points)" in text
