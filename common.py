@@ -111,7 +111,7 @@ class Parser(argparse.ArgumentParser):
 
 
 # ---------------------------------------------------------------------------------------------
-# Networks: the 22 of the RepDistiller zoo for 32-pixel images
+# Networks: the 22 of the RepDistiller zoo for 32-pixel images, and wrn_16_8
 #
 # Attribute names are those of the published checkpoints, so that their state dicts load key for
 # key. Every block returns its value BEFORE the last ReLU and the network applies it, because some
@@ -459,6 +459,7 @@ ZOO = {  # name -> constructor of the number of classes
     **{f"resnet{d}": _resnet(d, 16, (16, 32, 64)) for d in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{d}x4": _resnet(d, 32, (64, 128, 256)) for d in (8, 32)},
     **{f"wrn_{d}_{k}": _wrn(d, k) for d in (16, 40) for k in (1, 2)},
+    "wrn_16_8": _wrn(16, 8),
     "ResNet50": lambda k: StageNet(
         Bottleneck, (3, 4, 6, 3), (256, 512, 1024, 2048), (1, 2, 2, 2), 64, k
     ),
@@ -514,12 +515,9 @@ def _with_features(net, name, num_classes):
     The embedding is the input of the last linear layer. The maps are the outputs of `layer1..4`
     where there are such, else the last output at each resolution among the children of `features`.
     """
-    head_path = [n for n, m in net.named_modules() if isinstance(m, nn.Linear)][-1]
-    head = net.get_submodule(head_path)
-    if head.out_features != num_classes:
-        parent, _, leaf = head_path.rpartition(".")
-        head = nn.Linear(head.in_features, num_classes)
-        setattr(net.get_submodule(parent), leaf, head)
+    head_path = _head_path(net)
+    if net.get_submodule(head_path).out_features != num_classes:
+        new_classifier(net, num_classes)
     stages = [n for n, _ in net.named_children() if re.fullmatch(r"layer\d", n)]
     children = getattr(net, "features", nn.Sequential()).named_children()
     taps = stages or [f"features.{name}" for name, _ in children]
@@ -548,6 +546,32 @@ def _with_features(net, name, num_classes):
             return logits, Features(seen[-1][0], maps, maps)
 
     net.__class__, net.name = WithFeatures, name
+    return net
+
+
+def _head_path(net):
+    return [name for name, module in net.named_modules() if isinstance(module, nn.Linear)][-1]
+
+
+def new_classifier(net: nn.Module, num_classes: int) -> nn.Linear:
+    """Put a new linear classifier, as PyTorch starts it, in the place of the old one; -> it."""
+    path = _head_path(net)
+    parent, _, leaf = path.rpartition(".")
+    head = nn.Linear(net.get_submodule(path).in_features, num_classes)
+    setattr(net.get_submodule(parent), leaf, head)
+    return head
+
+
+def load_model(name: str, path: str | Path) -> nn.Module:
+    """The network `name` with the weights in `path`, with as many classes as those are for.
+
+    UserError: as `load_weights`.
+    """
+    with torch.device("meta"):  # its shapes alone, to see what the classifier is called
+        key = _head_path(build_model(name, 2)) + ".weight"
+    weights = _state_dict(path).get(key)
+    net = build_model(name, len(weights) if torch.is_tensor(weights) and weights.dim() else 2)
+    load_weights(net, path)
     return net
 
 
@@ -585,14 +609,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     `module.` prefixes are dropped; BatchNorm's `num_batches_tracked` may be missing (old files).
     UserError: no such file, half-written, another architecture, another number of classes.
     """
-    state = read_checkpoint(path)
-    for key in ("state", "model", "state_dict", "student"):  # "state": a run's last.pt
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not any(torch.is_tensor(v) for v in state.values()):
-        raise UserError(f"{path}: holds no state dict (looked under model, state_dict, student)")
-    state = {str(k).removeprefix("module."): v for k, v in state.items()}
-    wanted = model.state_dict()
+    state, wanted = _state_dict(path), model.state_dict()
     for key in wanted.keys() - state.keys():
         if key.endswith("num_batches_tracked"):
             state[key] = wanted[key]
@@ -610,6 +627,16 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
                 f" {list(value.shape)}: another architecture or number of classes"
             )
     model.load_state_dict(state)
+
+
+def _state_dict(path):
+    state = read_checkpoint(path)
+    for key in ("state", "model", "state_dict", "student"):  # "state": a run's last.pt
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not any(torch.is_tensor(v) for v in state.values()):
+        raise UserError(f"{path}: holds no state dict (looked under model, state_dict, student)")
+    return {str(k).removeprefix("module."): v for k, v in state.items()}
 
 
 def state_hash(model: nn.Module) -> str:
@@ -701,8 +728,13 @@ class Data:
         self.may_flip = name != "svhn"  # a mirrored digit is another digit
 
     def steps(self, batch_size: int) -> int:
-        """Batches in a shuffled pass."""
-        full, rest = divmod(len(self.train.labels), batch_size)
+        """Batches in a shuffled pass. Says so if they are not what the command line suggests."""
+        count = len(self.train.labels)
+        full, rest = divmod(count, batch_size)
+        if rest == 1:
+            print(f"note: {count} images in batches of {batch_size} leave one over: it is left out")
+        if not full:
+            print(f"note: --batch-size {batch_size}: there are {count} images, one batch an epoch")
         return full + (rest > 1)
 
     def batches(self, split: str, batch_size: int, seed: int | None = None, augment: bool = False):
@@ -731,8 +763,17 @@ class Data:
                 cols = shift[1, part] + torch.where(flip[part], size - 1 - grid, grid)
                 which = torch.arange(len(y), device=self.device)[:, None, None]
                 x = F.pad(x, (0, 0, pad, pad, pad, pad))[which, rows[:, :, None], cols[:, None]]
-            x = x.permute(0, 3, 1, 2).float()  # [B,3,S,S], channels last in memory
-            yield x.sub_(self.mean).div_(self.std), y
+            yield self._normalised(x), y
+
+    def _normalised(self, images):  # [B,S,S,3] uint8 -> [B,3,S,S], channels last in memory
+        return images.permute(0, 3, 1, 2).float().sub_(self.mean).div_(self.std)
+
+    def test_batch(self, per_class: int, classes: int) -> tuple[Tensor, Tensor]:
+        """The first test images of each of the first classes, sorted by class, for pictures."""
+        labels = self.test.labels
+        index = [(labels == k).nonzero().flatten()[:per_class] for k in range(self.num_classes)]
+        index = torch.cat(index[:classes])
+        return self._normalised(self.test.images[index]), labels[index]
 
 
 def load_data(args, device) -> Data:
@@ -1028,7 +1069,8 @@ def kept(path: Path, made_by: dict, compute):
 
 # Arguments that may differ between a run and its resumption: they do not change what is computed.
 FREE = {"resume", "out", "device", "workers", "compile", "compare", "seeds", "eval", "data_dir"}
-FREE |= {"script", "method", "teacher_ckpt"}  # the teacher's weights are compared by their hash
+FREE |= {"script", "method", "plot"}
+FREE |= {"teacher_ckpt"}  # the teacher's weights are compared by their hash
 
 
 def lasting(args) -> dict:
@@ -1040,7 +1082,10 @@ FILES = ("last.pt", "metrics.jsonl", "result.json", "student.pt")
 
 
 class Run:
-    """The folder of one run: `last.pt` to resume, `metrics.jsonl`, `result.json`, `student.pt`."""
+    """The folder of one run: `last.pt` to resume, `metrics.jsonl`, `result.json`, `student.pt`.
+
+    `args.plot`, where a script has it: names of the pictures that belong to the run too.
+    """
 
     def __init__(self, args):
         self.args, self.dir, self.history = args, Path(args.out), []
@@ -1054,7 +1099,8 @@ class Run:
             if changed:
                 was = ", ".join(f"{flag(k)} {saved.get(k)}" for k in changed)
                 raise UserError(f"--resume: {self.dir} was started with {was}; give the same again")
-            if self.saved["epoch"] == args.epochs and all((self.dir / f).exists() for f in FILES):
+            files = [self.dir / name for name in (*FILES, *(getattr(args, "plot", None) or ()))]
+            if self.saved["epoch"] == args.epochs and all(path.exists() for path in files):
                 with contextlib.suppress(ValueError):  # damaged: written again
                     self.done = json.loads((self.dir / "result.json").read_text())
         elif args.resume and not lock.exists():
@@ -1140,8 +1186,8 @@ class Run:
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write_whole(self.dir / "metrics.jsonl", lines.encode())
 
-    def finish(self, student: nn.Module, data: Data, teacher) -> dict:
-        """Write `student.pt` and `result.json`; -> the result."""
+    def finish(self, student: nn.Module, data: Data, teacher, **more) -> dict:
+        """Write `student.pt` and `result.json`, with `more` in it; -> the result."""
         args, lines = self.args, self.history
         seconds = sum(line["seconds"] for line in lines)
         images = sum(line["images_per_second"] * line["seconds"] for line in lines)
@@ -1156,6 +1202,7 @@ class Run:
             "student_top1": lines[-1]["test_top1"],
             "seconds": round(seconds, 3),
             "images_per_second": round(images / seconds, 1),
+            **more,
             "peak_memory_mb": peak_memory_mb(args.device),
             "script": f"{args.script}.py",
             "argv": sys.argv[1:],
@@ -1261,7 +1308,7 @@ class Meter:
         terms, top1 = self._means()
         return (
             f"epoch {self.epoch + 1:3d}/{self.epochs}  "
-            + "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
+            + "  ".join(f"{name} {value:#.3g}" for name, value in terms.items())
             + f"  train {top1:5.2f} %  {self.images / seconds:6.0f} images/s  {_clock(left)} left"
         )
 
@@ -1272,7 +1319,7 @@ class Meter:
         terms, top1 = self._means()
         return {
             "epoch": self.epoch + 1,
-            **{name: round(value, 5) for name, value in terms.items()},
+            **{name: float(f"{value:.6g}") for name, value in terms.items()},
             "train_top1": round(top1, 3),
             "seconds": round(seconds, 3),
             "images_per_second": round(self.images / seconds, 1),
@@ -1302,6 +1349,23 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def pyplot():
+    """matplotlib's, drawing into files. UserError: it is not installed."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    plt.switch_backend("agg")
+    return plt
+
+
+def save_figure(figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    write_whole(path, buffer.getvalue())
+    print(f"picture: {path}", flush=True)
 
 
 def autocast(args, device: torch.device):
@@ -1356,7 +1420,7 @@ def get_teacher(args, data: Data, train) -> Teacher:
     path = Path(args.teacher_ckpt or f"checkpoints/{args.dataset}_{args.teacher}.pt")
     if not args.teacher_ckpt:
         teacher_args = _teacher_args(args, data)
-        recipe = {name: getattr(teacher_args, name) for name in TEACHER_RECIPE}
+        recipe = {name: getattr(teacher_args, name, None) for name in TEACHER_RECIPE}
         recipe |= {"data": data.fingerprint, "images": len(data.train.labels)}
         if path.exists():
             _check_recipe(path, recipe)
@@ -1396,20 +1460,25 @@ def _check_recipe(path, recipe):
     saved = read_checkpoint(path)
     saved = saved.get("recipe") if isinstance(saved, dict) else None
     saved = saved if isinstance(saved, dict) else {}
-    other = [f"{k} {saved.get(k)} (asked: {v})" for k, v in recipe.items() if saved.get(k) != v]
+    other = {k: f"{k} {saved.get(k)} (asked: {v})" for k, v in recipe.items() if saved.get(k) != v}
+    if "script" in other and saved.get("script"):
+        # Another method's script has its own optimizer by default: its teacher serves all scripts.
+        different = [other.pop(k) for k in ("script", *TEACHER_OPTIMIZER) if k in other]
+        print(f"note: {path} was trained with {', '.join(different)}; used as it is", flush=True)
     if other:
         raise UserError(
-            f"{path} is a teacher trained otherwise: {', '.join(other)}. Ask for the same, or give"
-            f" --teacher-ckpt {path} to use it anyway, or move it away to train another"
+            f"{path} is a teacher trained otherwise: {', '.join(other.values())}. Ask for the same,"
+            f" or give --teacher-ckpt {path} to use it anyway, or move it away to train another"
         )
 
 
 # What a teacher's training shares with its student's; all else belongs to the method and is off.
-TEACHER_KEEPS = ("dataset", "data_dir", "image_size", "train_size", "batch_size", "momentum")
-TEACHER_KEEPS += ("weight_decay", "precision", "device", "workers", "compile", "script")
+TEACHER_OPTIMIZER = ("recipe", "lr", "batch_size", "momentum", "nesterov", "weight_decay")
+TEACHER_KEEPS = ("dataset", "data_dir", "image_size", "train_size", "precision", "device")
+TEACHER_KEEPS += ("workers", "compile", "script", "pretrained", *TEACHER_OPTIMIZER)
 # What decides its weights, besides the data; kept in its checkpoint.
-TEACHER_RECIPE = ("student", "epochs", "seed", "lr", "batch_size", "momentum", "weight_decay")
-TEACHER_RECIPE += ("precision", "image_size")
+TEACHER_RECIPE = ("student", "epochs", "seed", "precision", "image_size", "pretrained", "script")
+TEACHER_RECIPE += TEACHER_OPTIMIZER
 
 
 def _teacher_args(args, data):
@@ -1474,6 +1543,8 @@ def below_one(text: str) -> float:
     return float(text)
 
 
+YesNo = argparse.BooleanOptionalAction
+
 positive_int.__name__, positive.__name__ = "whole number", "number"  # argparse: "invalid ... value"
 
 
@@ -1523,11 +1594,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eval", metavar="FILE", help="only test this student checkpoint")
 
 
-def launch(main, args, baselines: dict) -> None:
+def launch(main, args, baselines: dict, needed: tuple = ()) -> None:
     """Run `main(args)` for every seed and, with --compare, for every baseline; print the table.
 
-    baselines: name -> the arguments that make it, such as {"ce": {"kd_weight": 0.0, ...}}. A
-    baseline's folder is `<out>/<name>`, a seed's `<out>/s<seed>` where --out is given.
+    baselines: name -> the arguments that make it, such as {"ce": {"kd_weight": 0.0, ...}}; those
+    `needed` are run without --compare too. A baseline's folder is `<out>/<name>`, a seed's
+    `<out>/s<seed>` where --out is given.
     """
     if pick_device(args.device).type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes are the same at every step
@@ -1542,8 +1614,8 @@ def launch(main, args, baselines: dict) -> None:
         name = f"{args.script}-{args.teacher}-{args.student}-{args.dataset}-s{seed}"
         out = Path(args.out or f"runs/{name}")
         out = out / f"s{seed}" if args.out and args.seeds else out
-        for baseline, changes in (baselines if args.compare else {}).items():
-            if changes["method"] != args.method:
+        for baseline, changes in baselines.items():
+            if changes["method"] != args.method and (args.compare or baseline in needed):
                 runs.append(vars(args) | changes | {"seed": seed, "out": str(out / baseline)})
         runs.append(vars(args) | {"seed": seed, "out": str(out)})
     if args.resume and len(runs) > 1:

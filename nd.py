@@ -53,6 +53,7 @@ from common import (  # nothing in there knows about distillation
     Parser,
     Run,  # the run's folder: resume, metrics.jsonl, result.json, student.pt
     UserError,  # ends the program with one line and status 2
+    YesNo,  # --flag and --no-flag
     add_run_arguments,
     autocast,
     below_one,
@@ -369,8 +370,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--batch-size", type=positive_int, default=128, metavar="N", help="(128)")
     add("--teacher-lr", type=positive, metavar="X", help="likewise (by its own name, as --lr)")
     add("--lr", type=positive, metavar="X", help="(0.1; MobileNet, ShuffleNet 0.02)")
-    add("--momentum", type=below_one, default=0.9, metavar="X", help="Nesterov (0.9)")
+    add("--momentum", type=below_one, default=0.9, metavar="X", help="(0.9)")
+    add("--nesterov", action=YesNo, default=True, help="Nesterov's form of it (yes)")
     add("--weight-decay", type=weight, default=5e-4, metavar="X", help="(0.0005)")
+    add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
 
     add_run_arguments(parser)
     args = parser.parse_args(argv)
@@ -378,6 +381,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.lr = args.lr or default_lr(args.student)
     args.teacher_lr = args.teacher_lr or default_lr(args.teacher)
     args.teacher_epochs = args.teacher_epochs or args.epochs
+    args.nesterov = args.nesterov and args.momentum > 0
     if args.batch_size < 2:
         raise UserError("--batch-size 1: BatchNorm needs 2 or more")
     if not args.eval:
@@ -395,6 +399,8 @@ def default_lr(name: str) -> float:
 def main(args) -> dict:
     """One run, from data to result. With args.teacher None and every weight 0 but that of CE it is
     plain training: so is the teacher trained."""
+    # What stands between `[alike` and `[end]` is the same in every script; a test compares it.
+    # [alike: start]
     run = Run(args)
     if run.done:  # --resume of a finished run
         return run.done
@@ -403,16 +409,18 @@ def main(args) -> dict:
 
     # Student. Seeded here, so that its start does not depend on what happened before.
     torch.manual_seed(args.seed)
-    student = build_model(args.student, data.num_classes)
+    student = build_model(args.student, data.num_classes, args.pretrained)
 
-    # What is trained beside the student and thrown away afterwards. The widths are read off an
+    # Helpers: what is trained beside the student and thrown away afterwards. Shapes are read off an
     # untrained teacher, so that a pair that does not fit is refused before any long work.
     helpers = nn.ModuleDict()
-    helpers["projector"] = nn.Identity()
     student_sees = probe(student, data)
+    teacher_sees = args.teacher and probe(build_model(args.teacher, data.num_classes), data)
+    # [end]
+
+    helpers["projector"] = nn.Identity()
     uses_embedding = args.nd_weight or args.direction_weight or args.norm_weight
     if args.teacher:
-        teacher_sees = probe(build_model(args.teacher, data.num_classes), data)
         width, teacher_width = student_sees.embedding.shape[1], teacher_sees.embedding.shape[1]
         if uses_embedding and width != teacher_width:
             layers = nn.BatchNorm1d(width), nn.Dropout(0.5), nn.Linear(width, teacher_width)
@@ -428,19 +436,22 @@ def main(args) -> dict:
             mid_channels = min(512, student_channels[-1])
             helpers["review"] = ReviewKD(student_channels, teacher_channels, mid_channels)
 
-    # Teacher: loaded, or trained first by this very function; in eval mode and frozen from here on.
+    # [alike: teacher]
+    # Loaded, or trained first by this very function; in eval mode and frozen from here on.
     teacher = get_teacher(args, data, main) if args.teacher else None
+    # [end]
     uses_means = args.nd_weight or args.direction_weight
     class_means = load_class_means(args, data, teacher, run) if uses_means else None
 
-    # Optimizer: SGD with Nesterov momentum, one group for student and helpers alike.
+    # [alike: optimizer and epochs]
+    # SGD with momentum, one group for student and helpers.
     student = student.to(device, memory_format=torch.channels_last)
     helpers = helpers.to(device)
     optimizer = torch.optim.SGD(
         [*student.parameters(), *helpers.parameters()],
         lr=args.lr,
         momentum=args.momentum,
-        nesterov=args.momentum > 0,
+        nesterov=args.nesterov,
         weight_decay=args.weight_decay,
     )
     faster = torch.compile if args.compile else lambda network: network
@@ -456,6 +467,7 @@ def main(args) -> dict:
         shuffle = args.seed * 100_003 + epoch  # another for every seed and epoch
         batches = data.batches("train", args.batch_size, shuffle, augment=True)
         for step, (images, labels) in enumerate(batches):
+            # [end]
             # Schedule, written for 240 epochs and played faster or slower for another number; `now`
             # is which of them. lr / 10 at 150, 180 and 210; base loss growing over the first 20.
             now = 240 * (epoch * steps + step) // (args.epochs * steps)
@@ -497,16 +509,18 @@ def main(args) -> dict:
                 norm = norm_loss(embedding, teacher_features.embedding)
             loss = args.ce_weight * ce + warm_up * args.kd_weight * base + args.nd_weight * nd
             loss = loss + args.direction_weight * direction + args.norm_weight * norm
+            terms = {"ce": ce, args.base: base, "nd": nd, "direction": direction, "norm": norm}
 
+            # [alike: step]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            terms = {"ce": ce, args.base: base, "nd": nd, "direction": direction, "norm": norm}
             meter.add(logits, labels, terms)
 
         metrics = meter.close() | {"test_top1": evaluate(student, data, args), "lr": lr}
         meter.report(metrics)
         run.end_epoch(metrics, **state)
+    # [end]
 
     return run.finish(student, data, teacher)
 

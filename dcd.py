@@ -1,0 +1,487 @@
+"""DCD: discriminative and consistent representation distillation.
+
+The idea in one sentence: in a small space that both networks are mapped to, a student must find its
+own teacher among all teachers of the batch, and student and teacher must tell images apart alike.
+
+    Giakoumoglou, Stathaki: Discriminative and Consistent Representation Distillation,
+    arXiv 2407.11802 (earlier: Invariant Consistency / Invariant Causal KD, ICD).
+
+For a batch of B embeddings, s_i = student_head(student_emb[i]) and t_j = teacher_head(
+teacher_emb[j]), two linear heads to 128 dimensions that are trained along and thrown away:
+
+    similarity_ij = scale * cos(s_i, t_j)         scale = min(exp(tau), 10), tau trained from 1
+    P = softmax over the teachers j of similarity        (row i: student i's view)
+    Q = softmax over the students i, transposed          (row j: teacher j's view)
+    contrastive = mean_i -log P_ii                       InfoNCE: B - 1 negatives from the batch
+    consistency = mean_i KL(Q_i || P_i)                  0 exactly if similarity is symmetric
+    dcd  = contrastive + 0.5 * consistency
+    loss = ce_weight * ce + dcd_weight * dcd + kd_weight * kd
+
+    python dcd.py --teacher resnet56 --student resnet20           CIFAR-100, the benchmark recipe
+    python dcd.py --kd-weight 1 --compare --seeds 0 1 2           DCD+KD, KD and CE, 3 seeds
+    python dcd.py --transfer stl10 --student-ckpt student.pt      linear probe on other images
+
+MEASURED
+
+Differs from the paper and its code:
+ 1. No bias. The paper adds a trained scalar to every similarity and says that it balances the two
+    terms; a constant cancels in every softmax, so its gradient is exactly zero and it never moves.
+ 2. Heads and tau are in the optimizer, with weight decay, on every data set. The published CIFAR
+    code cannot run the method and the ImageNet code never trains tau.
+ 3. The scale is a hard clamp: once exp(tau) > 10 the gradient of tau is zero and weight decay alone
+    brings it back. Expect the scale, logged every epoch, to sit at 10 (a temperature of 0.1).
+ 4. --fixed-scale 0.07 divides by that temperature, as the text has it; the published switch
+    multiplies by 0.07, which flattens every softmax.
+ 5. Transfer keeps the frozen network in eval mode. --transfer-bn batch: in train mode, as the
+    paper's code does, where BatchNorm goes on adapting to the new images.
+ 6. The result is the last epoch. Batches of 64, of which the last, smaller one is used too.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import (  # nothing in there knows about distillation
+    STATS,  # the data sets
+    Meter,  # sums of the loss terms, progress line, stop at nan
+    Parser,
+    Run,  # the run's folder: resume, metrics.jsonl, result.json, student.pt
+    Teacher,
+    UserError,  # ends the program with one line and status 2
+    YesNo,  # --flag and --no-flag
+    add_run_arguments,
+    autocast,
+    below_one,
+    build_model,  # network(x, return_features=True) -> logits, (.embedding, .maps, .preact)
+    evaluate,
+    get_teacher,  # loads it, or trains it first by calling main
+    launch,  # --seeds and --compare: calls main once per run
+    load_data,
+    load_model,  # a checkpoint's network, with as many classes as that has
+    model_names,
+    new_classifier,
+    one_of,
+    pick_device,
+    positive,
+    positive_int,
+    probe,  # features of two test images in eval mode
+    pyplot,
+    run_program,
+    save_figure,
+    state_hash,
+    weight,
+)
+
+# --- copy from here ---------------------------------------------------------------------------
+# Needs `import torch` and `import torch.nn.functional as F`. Every loss computes in float32 or
+# better, also inside autocast, and sends no gradient into the teacher.
+
+
+def _full(x: torch.Tensor) -> torch.Tensor:
+    """bfloat16 and float16 become float32; float32 and float64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _unit(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    """x / |x|, or 0 with zero gradient where |x| < 1e-7: too short to have a direction."""
+    norm = x.norm(dim=dim, keepdim=True)
+    return x / norm.masked_fill(norm < 1e-7, float("inf"))
+
+
+def contrastive_loss(similarity: torch.Tensor) -> torch.Tensor:
+    """InfoNCE over the rows: mean of -log softmax_j(similarity_ij) at j = i.
+
+    similarity [B,B], finite: row a student, column a teacher, the diagonal the same image. log B
+    where all are alike.
+    """
+    return -F.log_softmax(_full(similarity), 1).diagonal().mean()
+
+
+def consistency_loss(similarity: torch.Tensor) -> torch.Tensor:
+    """Mean of KL(Q_i || P_i): do rows and columns of similarity [B,B] give the same view?
+
+    P: softmax of the rows. Q: softmax of the columns, transposed. Gradient flows through both. 0
+    exactly if similarity is symmetric.
+    """
+    similarity = _full(similarity)
+    log_p, log_q = F.log_softmax(similarity, 1), F.log_softmax(similarity.T, 1)  # [B,B]
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+
+class DCDLoss(torch.nn.Module):
+    """DCD: contrastive + alpha consistency, on two trained linear heads.
+
+    student_dim, teacher_dim: widths of the embeddings. embed_dim: width of the common space.
+    init_tau, max_scale: similarity = min(exp(tau), max_scale) * cosine, tau trained. Give all of
+    its parameters to the optimizer. temperature: cosine / temperature in the place of the trained
+    scale. terms: "both", or "contrastive" or "consistency" alone.
+    forward: student_emb [B,student_dim], teacher_emb [B,teacher_dim] -> scalar, mean over the
+    batch. Usual weight 1: it starts near log B, as CE starts near log K. Source: arXiv 2407.11802.
+    """
+
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        embed_dim: int = 128,
+        alpha: float = 0.5,
+        init_tau: float = 1.0,
+        max_scale: float = 10.0,
+        temperature: float | None = None,
+        terms: str = "both",
+    ):
+        super().__init__()
+        self.student_head = torch.nn.Linear(student_dim, embed_dim)
+        self.teacher_head = torch.nn.Linear(teacher_dim, embed_dim)
+        self.tau = torch.nn.Parameter(torch.tensor(float(init_tau)))
+        self.alpha, self.max_scale, self.temperature = alpha, max_scale, temperature
+        self.terms = terms
+
+    def scale(self) -> torch.Tensor:
+        """What multiplies the cosines: min(exp(tau), max_scale), or 1 / temperature."""
+        if self.temperature is not None:
+            return self.tau.new_tensor(1 / self.temperature)
+        # The minimum is taken before exp, so that a huge tau gives no inf times 0 in the gradient.
+        return self.tau.clamp(max=self.tau.new_tensor(self.max_scale).log()).exp()
+
+    def similarity(self, student_emb: torch.Tensor, teacher_emb: torch.Tensor) -> torch.Tensor:
+        """scale * cos(s_i, t_j), [B,B]: row i a student, column j a teacher."""
+        with torch.autocast(student_emb.device.type, enabled=False):
+            s = _unit(self.student_head(_full(student_emb)))  # [B,embed_dim]
+            t = _unit(self.teacher_head(_full(teacher_emb.detach())))
+            return self.scale() * s @ t.T
+
+    def forward(self, student_emb: torch.Tensor, teacher_emb: torch.Tensor) -> torch.Tensor:
+        similarity = self.similarity(student_emb, teacher_emb)
+        if self.terms == "contrastive":
+            return contrastive_loss(similarity)
+        if self.terms == "consistency":
+            return consistency_loss(similarity)
+        return contrastive_loss(similarity) + self.alpha * consistency_loss(similarity)
+
+
+def kd_loss(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 4.0
+) -> torch.Tensor:
+    """Hinton's distillation: T^2 KL(softmax(z_t/T) || softmax(z_s/T)), mean over the batch.
+
+    [B,K] logits, finite. T^2 undoes the 1/T^2 that the temperature puts on the gradient, so that
+    one weight serves every T. Usual weight 1 (1 to 4 in KD++). Source: arXiv 1503.02531.
+    """
+    log_s = F.log_softmax(_full(student_logits) / temperature, 1)  # [B,K]
+    log_t = F.log_softmax(_full(teacher_logits.detach()) / temperature, 1)
+    return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+
+
+# --- to here ----------------------------------------------------------------------------------
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    network = one_of("model", model_names())
+
+    add = parser.add_argument_group("method").add_argument
+    add("--teacher", type=network, default="resnet56", metavar="NAME", help="(resnet56)")
+    add("--student", type=network, default="resnet20", metavar="NAME", help="(resnet20)")
+    add("--ce-weight", type=weight, default=1.0, metavar="X", help="of the cross-entropy (1)")
+    add("--dcd-weight", type=weight, default=1.0, metavar="X", help="of DCD (1)")
+    add("--kd-weight", type=weight, default=0.0, metavar="X", help="of KD (0; DCD+KD: 1)")
+    add("--temperature", type=positive, default=4.0, metavar="T", help="of KD (4)")
+    add("--terms", choices=("both", "contrastive", "consistency"), default="both", help="of DCD")
+    add("--alpha", type=weight, default=0.5, metavar="X", help="of the consistency in it (0.5)")
+    add("--embed-dim", type=positive_int, default=128, metavar="N", help="width of the heads (128)")
+    add("--fixed-scale", type=positive, metavar="X", help="no trained scale: cosines divided by the"
+        " temperature X (0.07)")  # fmt: skip
+
+    add = parser.add_argument_group("recipe").add_argument
+    add("--epochs", type=positive_int, metavar="N", help="drops scale along (240; transfer: 120)")
+    add("--teacher-epochs", type=positive_int, metavar="N", help="if it must be trained (--epochs)")
+    add("--batch-size", type=positive_int, default=64, metavar="N", help="(64)")
+    add("--teacher-lr", type=positive, metavar="X", help="likewise (by its own name, as --lr)")
+    add("--lr", type=positive, metavar="X", help="(0.05; MobileNet, ShuffleNet 0.01)")
+    add("--momentum", type=below_one, default=0.9, metavar="X", help="(0.9)")
+    add("--nesterov", action=YesNo, default=False, help="Nesterov's form of it (no)")
+    add("--weight-decay", type=weight, default=5e-4, metavar="X", help="(0.0005)")
+    add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
+
+    datasets = one_of("data set", list(STATS))
+    add = parser.add_argument_group("transfer").add_argument
+    add("--transfer", type=datasets, metavar="NAME", help="instead of distilling: train a linear"
+        " classifier for this data set on the frozen student and the frozen teacher")  # fmt: skip
+    add("--student-ckpt", metavar="FILE", help="the student, such as a run's student.pt")
+    add("--transfer-bn", choices=("eval", "batch"), default="eval", help="the frozen networks'"
+        " BatchNorm: frozen too, or as in training (eval)")  # fmt: skip
+
+    add_run_arguments(parser)
+    add("--plot", action="store_true", help="draw correlation_gap.png (class relations of student"
+        " and teacher) and embeddings.png; its mean goes into result.json")  # fmt: skip
+    args = parser.parse_args(argv)
+    args.script = "dcd"
+    args.lr = args.lr or default_lr(args.student)
+    args.teacher_lr = args.teacher_lr or default_lr(args.teacher)
+    args.epochs = args.epochs or (120 if args.transfer else 240)
+    args.teacher_epochs = args.teacher_epochs or args.epochs
+    args.nesterov = args.nesterov and args.momentum > 0
+    if args.batch_size < 2:
+        raise UserError("--batch-size 1: a relation needs two images or more")
+    if not args.eval and not args.ce_weight and not args.kd_weight:
+        raise UserError("--ce-weight 0: nothing else here trains the classifier")
+    args.method = "+".join(["DCD"] * bool(args.dcd_weight) + ["KD"] * bool(args.kd_weight)) or "CE"
+    args.plot = ("correlation_gap.png", "embeddings.png") if args.plot else ()
+    if args.plot:
+        pyplot()  # fail now, not after the training
+    if args.transfer and not args.eval:
+        prepare_transfer(args)
+    return args
+
+
+def prepare_transfer(args) -> None:
+    """--dataset names what the networks were trained on, until here."""
+    if args.compare or args.plot:
+        raise UserError("--transfer: --compare and --plot are for distillation; leave them out")
+    if not args.student_ckpt:
+        raise UserError("--transfer: name the student, --student-ckpt FILE, as a run's student.pt")
+    trained = Path(f"checkpoints/{args.dataset}_{args.teacher}.pt")
+    if not args.teacher_ckpt and trained.exists():
+        args.teacher_ckpt = str(trained)
+    if not args.teacher_ckpt:
+        print(f"note: no {trained}, no --teacher-ckpt: the student alone", file=sys.stderr)
+    args.dataset, args.method = args.transfer, f"linear probe, BatchNorm {args.transfer_bn}"
+    place = f"runs/dcd-transfer-{args.teacher}-{args.student}-{args.dataset}"
+    args.out = args.out or (place if args.seeds else f"{place}-s{args.seed}")
+
+
+def default_lr(name: str) -> float:
+    return 0.01 if name.lower().startswith(("mobile", "shuffle")) else 0.05
+
+
+def main(args) -> dict:
+    """One run, from data to result. With args.teacher None and every weight 0 but that of CE it is
+    plain training: so is the teacher trained."""
+    # What stands between `[alike` and `[end]` is the same in every script; a test compares it.
+    # [alike: start]
+    run = Run(args)
+    if run.done:  # --resume of a finished run
+        return run.done
+    device = pick_device(args.device)
+    data = load_data(args, device)
+
+    # Student. Seeded here, so that its start does not depend on what happened before.
+    torch.manual_seed(args.seed)
+    student = build_model(args.student, data.num_classes, args.pretrained)
+
+    # Helpers: what is trained beside the student and thrown away afterwards. Shapes are read off an
+    # untrained teacher, so that a pair that does not fit is refused before any long work.
+    helpers = nn.ModuleDict()
+    student_sees = probe(student, data)
+    teacher_sees = args.teacher and probe(build_model(args.teacher, data.num_classes), data)
+    # [end]
+
+    if args.teacher and args.dcd_weight:
+        widths = student_sees.embedding.shape[1], teacher_sees.embedding.shape[1]
+        options = dict(alpha=args.alpha, temperature=args.fixed_scale, terms=args.terms)
+        helpers["dcd"] = DCDLoss(*widths, args.embed_dim, **options)
+
+    # [alike: teacher]
+    # Loaded, or trained first by this very function; in eval mode and frozen from here on.
+    teacher = get_teacher(args, data, main) if args.teacher else None
+    # [end]
+
+    # [alike: optimizer and epochs]
+    # SGD with momentum, one group for student and helpers.
+    student = student.to(device, memory_format=torch.channels_last)
+    helpers = helpers.to(device)
+    optimizer = torch.optim.SGD(
+        [*student.parameters(), *helpers.parameters()],
+        lr=args.lr,
+        momentum=args.momentum,
+        nesterov=args.nesterov,
+        weight_decay=args.weight_decay,
+    )
+    faster = torch.compile if args.compile else lambda network: network
+    run_student, run_teacher = faster(student), teacher and faster(teacher.net)
+
+    state = {"student": student, "helpers": helpers, "optimizer": optimizer}
+    state |= {"data": data.fingerprint, "teacher": teacher and teacher.hash}
+    first_epoch, steps = run.restore(**state), data.steps(args.batch_size)
+    for epoch in range(first_epoch, args.epochs):
+        student.train()
+        helpers.train()
+        meter = Meter(epoch, args.epochs, len(data.train.labels))
+        shuffle = args.seed * 100_003 + epoch  # another for every seed and epoch
+        batches = data.batches("train", args.batch_size, shuffle, augment=True)
+        for step, (images, labels) in enumerate(batches):
+            # [end]
+            # Schedule, written for 240 epochs and played faster or slower for another number; `now`
+            # is which of them. lr / 10 at 150, 180 and 210.
+            now = 240 * (epoch * steps + step) // (args.epochs * steps)
+            lr = args.lr / 10 ** sum(now >= drop for drop in (150, 180, 210))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            # Forward: both networks see the same augmented images.
+            with autocast(args, device):
+                logits, features = run_student(images, return_features=True)
+                if args.dcd_weight or args.kd_weight:
+                    with torch.no_grad():
+                        teacher_logits, teacher_features = run_teacher(images, return_features=True)
+
+            # Losses, outside autocast and in float32. A term of weight 0 is not computed.
+            dcd = kd = scale = 0.0
+            ce = F.cross_entropy(logits.float(), labels)
+            if args.dcd_weight:
+                dcd = helpers["dcd"](features.embedding, teacher_features.embedding)
+                scale = helpers["dcd"].scale().detach()  # not a loss, but worth watching
+            if args.kd_weight:
+                kd = kd_loss(logits, teacher_logits, args.temperature)
+            loss = args.ce_weight * ce + args.dcd_weight * dcd + args.kd_weight * kd
+            terms = {"ce": ce, "dcd": dcd, "kd": kd, "scale": scale}
+
+            # [alike: step]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            meter.add(logits, labels, terms)
+
+        metrics = meter.close() | {"test_top1": evaluate(student, data, args), "lr": lr}
+        meter.report(metrics)
+        run.end_epoch(metrics, **state)
+    # [end]
+
+    more = {}
+    if args.plot:
+        pictures = [run.dir / name for name in args.plot]
+        more["correlation_gap"] = draw_correlation_gap(student, teacher.net, data, pictures[0])
+        draw_embeddings(student, teacher.net, data, pictures[1])
+    return run.finish(student, data, teacher, **more)
+
+
+@torch.no_grad()
+def class_relations(network, data) -> torch.Tensor:
+    """[K,K]: the mean over the test images of each class of their standardised logits."""
+    sums = torch.zeros(data.num_classes, data.num_classes, device=data.device)
+    network.eval()
+    for images, labels in data.batches("test", 500):
+        logits = network(images)
+        centred = logits - logits.mean(1, keepdim=True)
+        deviation = centred.square().mean(1, keepdim=True).sqrt()
+        sums.index_add_(0, labels, centred / deviation.clamp_min(1e-7))
+    return sums / data.test.labels.bincount(minlength=data.num_classes)[:, None]
+
+
+def draw_correlation_gap(student, teacher, data, path) -> float:
+    """The paper's map |student - teacher| of the class relations, diagonal 0; -> its mean."""
+    gap = (class_relations(student, data) - class_relations(teacher, data)).abs()
+    gap.fill_diagonal_(0)
+    figure, axis = pyplot().subplots(figsize=(6, 5))
+    figure.colorbar(axis.imshow(gap.cpu(), cmap="Blues", vmin=0, vmax=3))
+    axis.set(xlabel="logit of class", ylabel="true class")
+    axis.set_title(f"class relations, |student - teacher|: mean {gap.mean():.3f}")
+    save_figure(figure, path)
+    print(f"correlation gap to the teacher: mean {gap.mean():.4f}, highest {gap.max():.4f}")
+    return round(gap.mean().item(), 5)
+
+
+@torch.no_grad()
+def draw_embeddings(student, teacher, data, path) -> None:
+    """Test images of ten classes in the plane of the two largest principal components."""
+    images, labels = data.test_batch(per_class=100, classes=10)
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 5))
+    for axis, (name, network) in zip(axes, {"teacher": teacher, "student": student}.items()):
+        x = torch.cat([network.eval()(part, return_features=True)[1].embedding
+                       for part in images.split(250)])  # fmt: skip
+        x = x - x.mean(0)
+        plane = torch.linalg.svd(x, full_matrices=False)[2][:2]  # [2,D]
+        x = (x @ plane.T).cpu()
+        for k in labels.unique():
+            mine = x[labels.cpu() == k.item()]
+            axis.scatter(mine[:, 0], mine[:, 1], s=6, label=data.classes[k])
+        axis.set(title=f"{name}: embeddings, two principal components", xticks=[], yticks=[])
+    axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    save_figure(figure, path)
+
+
+def transfer(args) -> dict:
+    """Linear probes for the images of args.dataset: a new classifier on the frozen student and one
+    on the frozen teacher, trained side by side. Schedule of the paper's code."""
+    run = Run(args)
+    if run.done:
+        return run.done
+    device = pick_device(args.device)
+    data = load_data(args, device)
+
+    # Networks as they were trained, each with a new classifier; nothing else of them is trained.
+    torch.manual_seed(args.seed)
+    networks = nn.ModuleDict({"student": load_model(args.student, args.student_ckpt)})
+    if args.teacher_ckpt:
+        networks["teacher"] = load_model(args.teacher, args.teacher_ckpt)
+    hashes = {name: state_hash(network) for name, network in networks.items()}
+    heads = []
+    for network in networks.values():
+        probe(network, data)  # does it take images of this size?
+        network.requires_grad_(False)
+        head = new_classifier(network, data.num_classes)
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+        heads.append(head)
+
+    # SGD, a group for each classifier: they share nothing but the batches.
+    networks = networks.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        [{"params": head.parameters()} for head in heads],
+        lr=args.lr,
+        momentum=args.momentum,
+        nesterov=args.nesterov,
+        weight_decay=args.weight_decay,
+    )
+    state = {"networks": networks, "optimizer": optimizer}
+    state |= {"data": data.fingerprint, "student or teacher": hashes}
+    first_epoch, steps = run.restore(**state), data.steps(args.batch_size)
+    for epoch in range(first_epoch, args.epochs):
+        meter = Meter(epoch, args.epochs, len(data.train.labels))
+        networks.train(args.transfer_bn == "batch")
+        shuffle = args.seed * 100_003 + epoch
+        batches = data.batches("train", args.batch_size, shuffle, augment=True)
+        for step, (images, labels) in enumerate(batches):
+            now = 120 * (epoch * steps + step) // (args.epochs * steps)
+            drop = 10 ** sum(now >= drop for drop in (30, 60, 90))
+            for group, lr in zip(optimizer.param_groups, (args.lr, args.teacher_lr)):
+                group["lr"] = lr / drop
+
+            with autocast(args, device):
+                logits = {name: network(images) for name, network in networks.items()}
+            ce = {name: F.cross_entropy(z.float(), labels) for name, z in logits.items()}
+            optimizer.zero_grad()
+            sum(ce.values()).backward()
+            optimizer.step()
+            terms = {"ce" if name == "student" else "teacher_ce": v for name, v in ce.items()}
+            meter.add(logits["student"], labels, terms)
+
+        top1 = {name: evaluate(network, data, args) for name, network in networks.items()}
+        metrics = meter.close() | {"test_top1": top1["student"], "lr": args.lr / drop}
+        metrics |= {"teacher_test_top1": top1.get("teacher")}
+        meter.report(metrics)
+        run.end_epoch(metrics, **state)
+
+    teacher = None
+    if "teacher" in networks:
+        last = run.history[-1]["teacher_test_top1"]
+        teacher = Teacher(networks["teacher"], last, hashes["teacher"])
+    return run.finish(networks["student"], data, teacher)
+
+
+def program(argv=None) -> None:
+    args = parse_args(argv)
+    if args.transfer:
+        return launch(transfer, args, {})
+    ce = dict(method="CE", ce_weight=1.0, dcd_weight=0.0, kd_weight=0.0)
+    kd = ce | dict(method="KD", kd_weight=args.kd_weight or 1.0)
+    launch(main, args, {"ce": ce, "kd": kd})
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(program))

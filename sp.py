@@ -1,0 +1,424 @@
+"""SP: similarity-preserving knowledge distillation, and its neighbours CC and intra.
+
+The idea in one sentence: two images that the teacher finds alike, or unlike, should be so for the
+student, whatever the features are by which each of them sees that.
+
+    Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019, arXiv 1907.09682.
+
+For a batch of B images, Q is a network's map [B,C,H,W] flattened to [B,CHW]:
+
+    gram = Q Q^T  [B,B],   G = gram with every row divided by its L2 norm
+    sp   = |G_T - G_S|_F^2 / B^2
+    loss = ce_weight * ce + sp_weight * sp + kd_weight * kd + at_weight * at
+
+Only the batch must be the same: channels and sizes of the maps may differ, nothing has to be
+trained beside the student, and scaling or turning a network's features changes nothing.
+
+The weight is in the thousands because the rows are unit vectors whose entries are near
+1 / sqrt(B), much alike as long as features are non-negative: sp is then at most 2 / B, and
+falls as 1 / B. 3000 was chosen for batches of 64; twice the batch halves its pull.
+--sp-weight-batch 64 multiplies the weight by batch_size / 64 to keep it.
+
+    python sp.py --teacher resnet56 --student resnet20            CIFAR-100, the benchmark recipe
+    python sp.py --kd-weight 1 --compare --seeds 0 1 2            SP+KD, KD and CE, 3 seeds
+    python sp.py --recipe paper --teacher wrn_16_8 --student wrn_40_2      CIFAR-10, as the paper
+
+MEASURED
+
+Differs from the paper and from other code:
+ 1. Rows are normalised by their L2 norm, after the product, as published; some libraries divide by
+    the L1 norm, others take cosines. An all-zero row stays zero and has zero gradient.
+ 2. The last map before pooling is compared, as in the reference code that the authors checked.
+    --sp-maps all: the ends of all stages, summed. In a WRN that map is a sum that no ReLU has met.
+ 3. The paper's own layers, weight search and CIFAR-10 schedule are known only from others' code:
+    --recipe paper is 200 epochs of batch 128, Nesterov, lr 0.1 times 0.2 at 60, 120 and 160.
+ 4. The result is the last epoch, of each seed; the paper gives a median of five runs.
+ 5. cc and intra are neighbours with weights of ours, chosen by their size on random networks.
+
+Note: the method is covered by US patent 11636337B2; check before commercial use.
+"""
+
+import argparse
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import (  # nothing in there knows about distillation
+    Meter,  # sums of the loss terms, progress line, stop at nan
+    Parser,
+    Run,  # the run's folder: resume, metrics.jsonl, result.json, student.pt
+    UserError,  # ends the program with one line and status 2
+    YesNo,  # --flag and --no-flag
+    add_run_arguments,
+    autocast,
+    below_one,
+    build_model,  # network(x, return_features=True) -> logits, (.embedding, .maps, .preact)
+    evaluate,
+    get_teacher,  # loads it, or trains it first by calling main
+    launch,  # --seeds and --compare: calls main once per run
+    load_data,
+    load_weights,
+    model_names,
+    one_of,
+    pick_device,
+    positive,
+    positive_int,
+    probe,  # features of two test images in eval mode
+    pyplot,
+    run_program,
+    save_figure,
+    weight,
+)
+
+# --- copy from here ---------------------------------------------------------------------------
+# Needs `import torch` and `import torch.nn.functional as F`. Every loss computes in float32 or
+# better, also inside autocast, and sends no gradient into the teacher.
+
+
+def _full(x: torch.Tensor) -> torch.Tensor:
+    """bfloat16 and float16 become float32; float32 and float64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _unit(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    """x / |x|, or 0 with zero gradient where |x| < 1e-7: too short to have a direction."""
+    norm = x.norm(dim=dim, keepdim=True)
+    return x / norm.masked_fill(norm < 1e-7, float("inf"))
+
+
+def _similarities(q: torch.Tensor) -> torch.Tensor:
+    """Rows q_i, [...,N,F], to the matrix of dot products q_i.q_j with unit rows, [...,N,N]."""
+    with torch.autocast(q.device.type, enabled=False):  # bfloat16 would round away what differs
+        gram = q @ q.mT  # [...,N,N]
+    # One factor for the whole matrix cancels in the next line; it keeps tiny features from passing
+    # for zero. Constant for the gradient, which cancels likewise.
+    size = gram.detach().diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return _unit(gram / size.masked_fill(size == 0, 1.0), dim=-1)
+
+
+def sp_loss(student_map: torch.Tensor, teacher_map: torch.Tensor) -> torch.Tensor:
+    """Similarity-preserving: |G_T - G_S|_F^2 / B^2, at most 2/B for non-negative features.
+
+    student_map, teacher_map [B,...]: same B, two or more; the rest may differ and is flattened.
+    G: Gram matrix of the batch, rows divided by their L2 norms. Usual weight 3000 at B = 64: the
+    value starts near 1e-3 and falls as 1/B. Source: arXiv 1907.09682.
+    """
+    g_s = _similarities(_full(student_map).flatten(1))  # [B,B]
+    g_t = _similarities(_full(teacher_map.detach()).flatten(1))
+    return (g_t - g_s).square().mean()  # the mean divides by B^2
+
+
+def cc_loss(
+    student_emb: torch.Tensor, teacher_emb: torch.Tensor, gamma: float = 0.4, order: int = 2
+) -> torch.Tensor:
+    """Correlation congruence: |K_T - K_S|_F^2 / B^2 with K_ij = exp(-gamma |x_i - x_j|^2).
+
+    [B,...], flattened; x are the rows as unit vectors, so that K_ij = exp(-2 gamma)
+    exp(2 gamma x_i.x_j), whose second factor is expanded (Taylor) up to `order`. Usual weight 100
+    here: the value starts near 0.03. Source: Peng et al., ICCV 2019, arXiv 1904.01802.
+    """
+
+    def kernel(features):
+        x = _unit(_full(features).flatten(1))  # [B,F]
+        with torch.autocast(x.device.type, enabled=False):
+            cosine = 2 * gamma * x @ x.T  # 2 gamma x_i.x_j  [B,B]
+        term = total = torch.ones_like(cosine)
+        for p in range(1, order + 1):
+            term = term * cosine / p  # (2 gamma x_i.x_j)^p / p!
+            total = total + term
+        return total * total.new_tensor(-2 * gamma).exp()  # [B,B]
+
+    return (kernel(teacher_emb.detach()) - kernel(student_emb)).square().mean()
+
+
+def _same_size(student_map: torch.Tensor, teacher_map: torch.Tensor) -> list[torch.Tensor]:
+    """Both [B,C,H,W] averaged down to the smaller height and width of the two."""
+    size = [min(pair) for pair in zip(student_map.shape[-2:], teacher_map.shape[-2:])]
+    return [F.adaptive_avg_pool2d(_full(x), size) for x in (student_map, teacher_map.detach())]
+
+
+def intra_loss(student_map: torch.Tensor, teacher_map: torch.Tensor) -> torch.Tensor:
+    """SP turned inside: the similarities between the places of one image instead of between images.
+
+    [B,C,H,W], the larger map averaged down to the smaller: per image |G_T - G_S|_F^2 / (HW)^2,
+    G from its HW vectors of C channels; mean over the batch. Usual weight 1000 here: the value
+    starts near 0.005.
+    """
+    s, t = (x.flatten(2).mT for x in _same_size(student_map, teacher_map))  # [B,HW,C]
+    return (_similarities(t) - _similarities(s)).square().mean()
+
+
+def at_loss(student_map: torch.Tensor, teacher_map: torch.Tensor) -> torch.Tensor:
+    """Attention transfer: mean over batch and places of (A_S - A_T)^2.
+
+    [B,C,H,W], the larger map averaged down to the smaller. A: the mean over channels of the squared
+    activations, flattened, divided by its L2 norm. Usual weight 1000 a map: the value
+    starts near 0.01. Source: Zagoruyko and Komodakis, ICLR 2017, arXiv 1612.03928, squared as in
+    their code.
+    """
+    s, t = _same_size(student_map, teacher_map)
+
+    def attention(x):
+        x = x / x.detach().abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-30)  # cancels below
+        return _unit(x.square().mean(1).flatten(1))  # [B,HW]
+
+    return (attention(s) - attention(t)).square().mean()
+
+
+def kd_loss(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 4.0
+) -> torch.Tensor:
+    """Hinton's distillation: T^2 KL(softmax(z_t/T) || softmax(z_s/T)), mean over the batch.
+
+    [B,K] logits, finite. T^2 undoes the 1/T^2 that the temperature puts on the gradient, so that
+    one weight serves every T. Usual weight 1 (1 to 4 in KD++). Source: arXiv 1503.02531.
+    """
+    log_s = F.log_softmax(_full(student_logits) / temperature, 1)  # [B,K]
+    log_t = F.log_softmax(_full(teacher_logits.detach()) / temperature, 1)
+    return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+
+
+# --- to here ----------------------------------------------------------------------------------
+
+RELATIONS = {"sp": (sp_loss, 3000.0), "cc": (cc_loss, 100.0), "intra": (intra_loss, 1000.0)}
+
+RECIPES = {
+    # The CIFAR-100 benchmark of the field. lr 0.01 for MobileNet and ShuffleNet.
+    "benchmark": dict(dataset="cifar100", teacher="resnet56", student="resnet20", epochs=240)
+    | dict(batch_size=64, lr=0.05, nesterov=False, drops=(150, 180, 210), factor=0.1),
+    "paper": dict(dataset="cifar10", teacher="wrn_40_1", student="wrn_16_1", epochs=200)
+    | dict(batch_size=128, lr=0.1, nesterov=True, drops=(60, 120, 160), factor=0.2),
+}
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    network = one_of("model", model_names())
+
+    add = parser.add_argument_group("method").add_argument
+    add("--teacher", type=network, metavar="NAME", help="(resnet56; paper: wrn_40_1)")
+    add("--student", type=network, metavar="NAME", help="(resnet20; paper: wrn_16_1)")
+    add("--relation", choices=tuple(RELATIONS), default="sp", help="sp; cc: correlation congruence,"
+        " of embeddings; intra: between the places of one image (sp)")  # fmt: skip
+    add("--sp-maps", choices=("last", "all"), default="last", help="stage ends compared (last)")
+    add("--ce-weight", type=weight, default=1.0, metavar="X", help="of the cross-entropy (1)")
+    add("--sp-weight", type=weight, metavar="X", help="of the relation (3000; cc 100, intra 1000)")
+    add(
+        "--sp-weight-batch",
+        type=positive_int,
+        metavar="N",
+        help="the batch size that the weight was chosen for (64): multiply it by batch-size / N",
+    )
+    add("--kd-weight", type=weight, default=0.0, metavar="X", help="of KD (0; usual: 1)")
+    add("--at-weight", type=weight, default=0.0, metavar="X", help="of AT (0; usual: 1000)")
+    add("--temperature", type=positive, default=4.0, metavar="T", help="of KD (4)")
+
+    add = parser.add_argument_group("recipe").add_argument
+    add("--recipe", choices=tuple(RECIPES), default="benchmark", help="sets those below, --dataset,"
+        " --teacher and --student, unless you give them (benchmark)")  # fmt: skip
+    add("--epochs", type=positive_int, metavar="N", help="drops scale along (240; paper: 200)")
+    add("--teacher-epochs", type=positive_int, metavar="N", help="if it must be trained (--epochs)")
+    add("--batch-size", type=positive_int, metavar="N", help="(64; paper: 128)")
+    add("--teacher-lr", type=positive, metavar="X", help="likewise (by its own name, as --lr)")
+    add("--lr", type=positive, metavar="X", help="(0.05; MobileNet, ShuffleNet 0.01; paper: 0.1)")
+    add("--momentum", type=below_one, default=0.9, metavar="X", help="(0.9)")
+    add("--nesterov", action=YesNo, help="Nesterov's form of it (no; paper: yes)")
+    add("--weight-decay", type=weight, default=5e-4, metavar="X", help="(0.0005)")
+    add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
+
+    add_run_arguments(parser)
+    parser.set_defaults(dataset=None)  # the recipe's
+    add("--plot", action="store_true", help="draw the similarities of teacher, plain student (CE"
+        " is trained too) and this student: similarities.png")  # fmt: skip
+    args = parser.parse_args(argv)
+    args.script = "sp"
+    recipe = RECIPES[args.recipe]
+    for name in ("dataset", "teacher", "student", "epochs", "batch_size", "nesterov"):
+        if getattr(args, name) is None:
+            setattr(args, name, recipe[name])
+    args.lr = args.lr or default_lr(args.student, args.recipe)
+    args.teacher_lr = args.teacher_lr or default_lr(args.teacher, args.recipe)
+    args.teacher_epochs = args.teacher_epochs or args.epochs
+    args.nesterov = args.nesterov and args.momentum > 0
+    if args.sp_weight is None:
+        args.sp_weight = RELATIONS[args.relation][1]
+    if args.batch_size < 2:
+        raise UserError("--batch-size 1: a relation needs two images or more")
+    if not args.eval and not args.ce_weight and not args.kd_weight:
+        raise UserError("--ce-weight 0: nothing else here trains the classifier")
+    args.method = method_name(args)
+    args.plot = ("similarities.png",) if args.plot else ()
+    if args.plot:
+        pyplot()  # fail now, not after the training
+        if args.method == "CE":
+            raise UserError("--plot compares with the plain student: give it a method's weight")
+    return args
+
+
+def default_lr(name: str, recipe: str) -> float:
+    if recipe == "benchmark" and name.lower().startswith(("mobile", "shuffle")):
+        return 0.01
+    return RECIPES[recipe]["lr"]
+
+
+def method_name(args) -> str:
+    relation = {"sp": "SP", "cc": "CC", "intra": "intra"}[args.relation]
+    weights = {relation: args.sp_weight, "KD": args.kd_weight, "AT": args.at_weight}
+    return "+".join(name for name, value in weights.items() if value) or "CE"
+
+
+def relation_inputs(features, args) -> list[torch.Tensor]:
+    """What the relation is taken of: the embedding for cc, as published, else maps."""
+    if args.relation == "cc":
+        return [features.embedding]
+    return features.maps if args.sp_maps == "all" else features.maps[-1:]
+
+
+def check_maps(args, student_sees, teacher_sees) -> None:
+    """UserError: a network lacks the maps that the losses need."""
+    counts = {args.student: len(student_sees.maps), args.teacher: len(teacher_sees.maps)}
+    by_map = (args.sp_weight and args.relation != "cc") or args.at_weight
+    for name, count in counts.items():
+        if by_map and not count:
+            raise UserError(
+                f"{name} gives no maps, only an embedding: use --relation cc and --at-weight 0, or"
+                " another network"
+            )
+    every = "--at-weight" if args.at_weight else args.sp_maps == "all" and "--sp-maps all"
+    if by_map and every and len(set(counts.values())) > 1:
+        stages = " and ".join(f"{name} has {count}" for name, count in counts.items())
+        raise UserError(f"{every} compares stage by stage, but {stages} stages; choose a like pair")
+
+
+@torch.no_grad()
+def draw_similarities(args, data, teacher, student, path) -> None:
+    """The matrices G of up to 200 test images sorted by class: teacher, plain student, student."""
+    plain = build_model(args.student, data.num_classes)
+    load_weights(plain, path.parent / "ce" / "student.pt")
+    plain = plain.to(data.device, memory_format=torch.channels_last)
+    images, _ = data.test_batch(per_class=20, classes=10)
+    networks = {args.teacher: teacher.net, f"{args.student}, CE": plain}
+    networks[f"{args.student}, {args.method}"] = student
+    figure, axes = pyplot().subplots(1, 3, figsize=(13, 4.6))
+    target = None
+    for axis, (name, network) in zip(axes, networks.items()):
+        features = network.eval()(images, return_features=True)[1]
+        q = (features.maps[-1] if features.maps else features.embedding).flatten(1)
+        target = q if target is None else target
+        axis.imshow(_similarities(_full(q)).cpu(), cmap="viridis")
+        axis.set_title(f"{name}\nsp to the teacher {sp_loss(q, target):.2e}")
+        axis.set_xlabel("test images, sorted by class")
+    save_figure(figure, path)
+
+
+def main(args) -> dict:
+    """One run, from data to result. With args.teacher None and every weight 0 but that of CE it is
+    plain training: so is the teacher trained."""
+    # What stands between `[alike` and `[end]` is the same in every script; a test compares it.
+    # [alike: start]
+    run = Run(args)
+    if run.done:  # --resume of a finished run
+        return run.done
+    device = pick_device(args.device)
+    data = load_data(args, device)
+
+    # Student. Seeded here, so that its start does not depend on what happened before.
+    torch.manual_seed(args.seed)
+    student = build_model(args.student, data.num_classes, args.pretrained)
+
+    # Helpers: what is trained beside the student and thrown away afterwards. Shapes are read off an
+    # untrained teacher, so that a pair that does not fit is refused before any long work.
+    helpers = nn.ModuleDict()
+    student_sees = probe(student, data)
+    teacher_sees = args.teacher and probe(build_model(args.teacher, data.num_classes), data)
+    # [end]
+
+    relation_loss, recipe = RELATIONS[args.relation or "sp"][0], RECIPES[args.recipe]
+    sp_weight = args.sp_weight * args.batch_size / (args.sp_weight_batch or args.batch_size)
+    if args.teacher:
+        check_maps(args, student_sees, teacher_sees)
+
+    # [alike: teacher]
+    # Loaded, or trained first by this very function; in eval mode and frozen from here on.
+    teacher = get_teacher(args, data, main) if args.teacher else None
+    # [end]
+
+    # [alike: optimizer and epochs]
+    # SGD with momentum, one group for student and helpers.
+    student = student.to(device, memory_format=torch.channels_last)
+    helpers = helpers.to(device)
+    optimizer = torch.optim.SGD(
+        [*student.parameters(), *helpers.parameters()],
+        lr=args.lr,
+        momentum=args.momentum,
+        nesterov=args.nesterov,
+        weight_decay=args.weight_decay,
+    )
+    faster = torch.compile if args.compile else lambda network: network
+    run_student, run_teacher = faster(student), teacher and faster(teacher.net)
+
+    state = {"student": student, "helpers": helpers, "optimizer": optimizer}
+    state |= {"data": data.fingerprint, "teacher": teacher and teacher.hash}
+    first_epoch, steps = run.restore(**state), data.steps(args.batch_size)
+    for epoch in range(first_epoch, args.epochs):
+        student.train()
+        helpers.train()
+        meter = Meter(epoch, args.epochs, len(data.train.labels))
+        shuffle = args.seed * 100_003 + epoch  # another for every seed and epoch
+        batches = data.batches("train", args.batch_size, shuffle, augment=True)
+        for step, (images, labels) in enumerate(batches):
+            # [end]
+            # Schedule, written for the recipe's number of epochs and played faster or slower for
+            # another; `now` is which of them. Three drops, of the recipe's factor each.
+            now = recipe["epochs"] * (epoch * steps + step) // (args.epochs * steps)
+            lr = args.lr * recipe["factor"] ** sum(now >= drop for drop in recipe["drops"])
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            # Forward: both networks see the same augmented images.
+            with autocast(args, device):
+                logits, features = run_student(images, return_features=True)
+                if args.sp_weight or args.kd_weight or args.at_weight:
+                    with torch.no_grad():
+                        teacher_logits, teacher_features = run_teacher(images, return_features=True)
+
+            # Losses, outside autocast and in float32. A term of weight 0 is not computed.
+            sp = kd = at = 0.0
+            ce = F.cross_entropy(logits.float(), labels)
+            if args.sp_weight:
+                pairs = relation_inputs(features, args), relation_inputs(teacher_features, args)
+                sp = sum(relation_loss(s, t) for s, t in zip(*pairs))
+            if args.kd_weight:
+                kd = kd_loss(logits, teacher_logits, args.temperature)
+            if args.at_weight:
+                at = sum(at_loss(s, t) for s, t in zip(features.maps, teacher_features.maps))
+            loss = args.ce_weight * ce + sp_weight * sp + args.kd_weight * kd + args.at_weight * at
+            terms = {"ce": ce, args.relation: sp, "kd": kd, "at": at}
+
+            # [alike: step]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            meter.add(logits, labels, terms)
+
+        metrics = meter.close() | {"test_top1": evaluate(student, data, args), "lr": lr}
+        meter.report(metrics)
+        run.end_epoch(metrics, **state)
+    # [end]
+
+    if args.plot:
+        draw_similarities(args, data, teacher, student, run.dir / args.plot[0])
+    return run.finish(student, data, teacher)
+
+
+def program(argv=None) -> None:
+    args = parse_args(argv)
+    ce = dict(method="CE", ce_weight=1.0, sp_weight=0.0, kd_weight=0.0, at_weight=0.0, plot=())
+    kd = ce | dict(method="KD", kd_weight=args.kd_weight or 1.0)
+    launch(main, args, {"ce": ce, "kd": kd}, needed=("ce",) if args.plot else ())
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(program))
