@@ -1070,7 +1070,7 @@ def kept(path: Path, made_by: dict, compute):
 # Arguments that may differ between a run and its resumption: they do not change what is computed.
 FREE = {"resume", "out", "device", "workers", "compile", "compare", "seeds", "eval", "data_dir"}
 FREE |= {"script", "method", "plot"}
-FREE |= {"teacher_ckpt"}  # the teacher's weights are compared by their hash
+FREE |= {"teacher_ckpt", "student_ckpt"}  # weights are compared by their hash
 
 
 def lasting(args) -> dict:
@@ -1124,7 +1124,8 @@ class Run:
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         if self.saved is None:
-            if old := [self.dir / name for name in FILES if (self.dir / name).exists()]:
+            old = [self.dir / name for name in FILES if (self.dir / name).exists()]
+            if old := [*old, *self.dir.glob("*.png")]:
                 number = 1
                 while (aside := self.dir / f"old{number}").exists():
                     number += 1
@@ -1648,19 +1649,20 @@ def table(results: list[dict]) -> str:
     groups: dict = {}
     for r in results:
         key = (r["dataset"], r["train_images"], r["epochs"], r["teacher"], r["student"])
-        key += (r["method"], r["teacher_top1"], r.get("data_hash"))
+        key += (r["method"], r.get("teacher_hash"), r.get("data_hash"))
         settings = {k: v for k, v in r.get("args", {}).items() if k not in FREE | {"seed"}}
         group = groups.setdefault((*key, json.dumps(settings, sort_keys=True)), {})
-        group[r.get("seed", len(group))] = r["student_top1"]  # a run given twice counts once
+        # A run given twice counts once.
+        group[r.get("seed", len(group))] = r["student_top1"], r["teacher_top1"]
     rows = ["| data, images, epochs | teacher | student | method | n | top-1 % | lowest, highest |"]
     rows.append("|---|---|---|---|---|---|---|")
     for key, by_seed in groups.items():
-        dataset, images, epochs, teacher, student, method, top1 = key[:7]
-        values = list(by_seed.values())
+        dataset, images, epochs, teacher, student, method = key[:6]
+        values, teachers = zip(*by_seed.values())
         mean, n = sum(values) / len(values), len(values)
         spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else None
         figure = f"{mean:.2f}" + (f" ± {spread:.2f}" if n > 1 else "")
-        source = f"{teacher} ({top1:.2f})" if teacher else "none"
+        source = f"{teacher} ({sum(teachers) / n:.2f})" if teacher else "none"
         rows.append(
             f"| {dataset}, {images:,}, {epochs} | {source} | {student} | {method} | {n} |"
             f" {figure} | {min(values):.2f}, {max(values):.2f} |"

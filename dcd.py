@@ -1,43 +1,54 @@
 """DCD: discriminative and consistent representation distillation.
 
-The idea in one sentence: in a small space that both networks are mapped to, a student must find its
-own teacher among all teachers of the batch, and student and teacher must tell images apart alike.
+The idea in one sentence: in a small common space, the student's embedding of an image must pick out
+the teacher's embedding of that image among those of the batch, and what student i sees of the
+teacher's images must agree with what teacher i sees of the student's.
 
     Giakoumoglou, Stathaki: Discriminative and Consistent Representation Distillation,
     arXiv 2407.11802 (earlier: Invariant Consistency / Invariant Causal KD, ICD).
 
-For a batch of B embeddings, s_i = student_head(student_emb[i]) and t_j = teacher_head(
-teacher_emb[j]), two linear heads to 128 dimensions that are trained along and thrown away:
+Embeddings are the pooled vectors that the classifiers see. Two heads, linear with bias, one for
+each network, map them to 128 dimensions; both are trained along and thrown away. For a batch of B
+images, s_i = student_head(student_emb[i]) and t_j = teacher_head(teacher_emb[j]):
 
-    similarity_ij = scale * cos(s_i, t_j)         scale = min(exp(tau), 10), tau trained from 1
-    P = softmax over the teachers j of similarity        (row i: student i's view)
-    Q = softmax over the students i, transposed          (row j: teacher j's view)
-    contrastive = mean_i -log P_ii                       InfoNCE: B - 1 negatives from the batch
-    consistency = mean_i KL(Q_i || P_i)                  0 exactly if similarity is symmetric
+    similarity_ij = scale * cos(s_i, t_j)        scale = min(exp(tau), 10), tau trained from 1
+    P_i = softmax over j of similarity_ij        student i's view of the teacher's images
+    Q_i = softmax over j of similarity_ji        teacher i's view of the student's images
+    contrastive = mean_i -log P_ii               InfoNCE: B - 1 negatives, all from the batch
+    consistency = mean_i KL(Q_i || P_i)          0 if and only if similarity is symmetric
     dcd  = contrastive + 0.5 * consistency
     loss = ce_weight * ce + dcd_weight * dcd + kd_weight * kd
 
-    python dcd.py --teacher resnet56 --student resnet20           CIFAR-100, the benchmark recipe
-    python dcd.py --kd-weight 1 --compare --seeds 0 1 2           DCD+KD, KD and CE, 3 seeds
-    python dcd.py --transfer stl10 --student-ckpt student.pt      linear probe on other images
+Weights 1, 1 and 0; DCD+KD: 1, 1 and 1. Gradient flows through both P and Q. kd is Hinton's, at
+temperature 4.
 
+    python dcd.py --teacher resnet56 --student resnet20     CIFAR-100, RepDistiller's recipe
+    python dcd.py --kd-weight 1 --compare --seeds 0 1 2     DCD+KD, KD and CE, 3 seeds
+    python dcd.py --transfer stl10 --student-ckpt student.pt --teacher-ckpt resnet56.pth
+                                                            linear probes on other images
 MEASURED
 
 Differs from the paper and its code:
- 1. No bias. The paper adds a trained scalar to every similarity and says that it balances the two
-    terms; a constant cancels in every softmax, so its gradient is exactly zero and it never moves.
- 2. Heads and tau are in the optimizer, with weight decay, on every data set. The published CIFAR
-    code cannot run the method and the ImageNet code never trains tau.
- 3. The scale is a hard clamp: once exp(tau) > 10 the gradient of tau is zero and weight decay alone
-    brings it back. Expect the scale, logged every epoch, to sit at 10 (a temperature of 0.1).
- 4. --fixed-scale 0.07 divides by that temperature, as the text has it; the published switch
-    multiplies by 0.07, which flattens every softmax.
- 5. Transfer keeps the frozen network in eval mode. --transfer-bn batch: in train mode, as the
-    paper's code does, where BatchNorm goes on adapting to the new images.
- 6. The result is the last epoch. Batches of 64, of which the last, smaller one is used too.
+ 1. No offset on the similarities. The paper adds a trained scalar b to each and credits it, with
+    the temperature, with balancing the terms; a constant cancels in every softmax, so the gradient
+    of b is zero and it stays where it starts, at 0.
+ 2. Heads and tau are in the optimizer, with weight decay, on every data set. The published ImageNet
+    code never trains tau, and the last published CIFAR code has lost the method's option.
+ 3. --fixed-scale 0.07 divides the cosines by that temperature. The published switch multiplies by
+    0.07, which flattens every softmax.
+ 4. The baseline KD is ce + kd; RepDistiller's KD rows are 0.1 ce + 0.9 kd. The last, smaller batch
+    of an epoch is used (unless it is one image); the paper's loader drops it.
+ 5. Transfer keeps the frozen network in eval mode. --transfer-bn batch: in train mode, as in the
+    paper's code, where BatchNorm goes on adapting to the new images.
+ 6. --plot shows embeddings by their principal components; the paper has t-SNE of the logits.
+
+The clamp of the scale is hard, as published: once exp(tau) > 10, tau has no gradient; momentum,
+then weight decay alone move it. Both are logged: expect the scale to sit at 10.
 """
 
 import argparse
+import contextlib
+import json
 import sys
 from pathlib import Path
 
@@ -50,7 +61,7 @@ from common import (  # nothing in there knows about distillation
     Meter,  # sums of the loss terms, progress line, stop at nan
     Parser,
     Run,  # the run's folder: resume, metrics.jsonl, result.json, student.pt
-    Teacher,
+    Teacher,  # (net, top1, hash)
     UserError,  # ends the program with one line and status 2
     YesNo,  # --flag and --no-flag
     add_run_arguments,
@@ -77,8 +88,9 @@ from common import (  # nothing in there knows about distillation
 )
 
 # --- copy from here ---------------------------------------------------------------------------
-# Needs `import torch` and `import torch.nn.functional as F`. Every loss computes in float32 or
-# better, also inside autocast, and sends no gradient into the teacher.
+# Needs `import torch` and `import torch.nn.functional as F`. Losses compute in float32 or better,
+# also inside autocast. DCDLoss and kd_loss send no gradient into the teacher; the teacher's head,
+# which is not part of it, is trained.
 
 
 def _full(x: torch.Tensor) -> torch.Tensor:
@@ -95,8 +107,8 @@ def _unit(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
 def contrastive_loss(similarity: torch.Tensor) -> torch.Tensor:
     """InfoNCE over the rows: mean of -log softmax_j(similarity_ij) at j = i.
 
-    similarity [B,B], finite: row a student, column a teacher, the diagonal the same image. log B
-    where all are alike.
+    similarity [B,B], finite: a row for each image as the student sees it, a column as the teacher
+    does. log B if all entries are equal.
     """
     return -F.log_softmax(_full(similarity), 1).diagonal().mean()
 
@@ -104,8 +116,8 @@ def contrastive_loss(similarity: torch.Tensor) -> torch.Tensor:
 def consistency_loss(similarity: torch.Tensor) -> torch.Tensor:
     """Mean of KL(Q_i || P_i): do rows and columns of similarity [B,B] give the same view?
 
-    P: softmax of the rows. Q: softmax of the columns, transposed. Gradient flows through both. 0
-    exactly if similarity is symmetric.
+    P: softmax of the rows. Q: softmax of the columns, transposed. Gradient flows through both. 0 if
+    and only if similarity is symmetric, so also where all entries are equal: no loss to use alone.
     """
     similarity = _full(similarity)
     log_p, log_q = F.log_softmax(similarity, 1), F.log_softmax(similarity.T, 1)  # [B,B]
@@ -118,9 +130,10 @@ class DCDLoss(torch.nn.Module):
     student_dim, teacher_dim: widths of the embeddings. embed_dim: width of the common space.
     init_tau, max_scale: similarity = min(exp(tau), max_scale) * cosine, tau trained. Give all of
     its parameters to the optimizer. temperature: cosine / temperature in the place of the trained
-    scale. terms: "both", or "contrastive" or "consistency" alone.
+    scale. terms: "both", or "contrastive" or "consistency" alone, the latter without alpha.
     forward: student_emb [B,student_dim], teacher_emb [B,teacher_dim] -> scalar, mean over the
-    batch. Usual weight 1: it starts near log B, as CE starts near log K. Source: arXiv 2407.11802.
+    batch. Usual weight 1: it starts near log B, as CE starts near log K. ValueError: another
+    number of teachers than of students, unknown terms. Source: arXiv 2407.11802.
     """
 
     def __init__(
@@ -137,23 +150,28 @@ class DCDLoss(torch.nn.Module):
         super().__init__()
         self.student_head = torch.nn.Linear(student_dim, embed_dim)
         self.teacher_head = torch.nn.Linear(teacher_dim, embed_dim)
-        self.tau = torch.nn.Parameter(torch.tensor(float(init_tau)))
-        self.alpha, self.max_scale, self.temperature = alpha, max_scale, temperature
-        self.terms = terms
+        self.tau = torch.nn.Parameter(torch.tensor(float(init_tau)), requires_grad=not temperature)
+        self.max_tau = torch.tensor(float(max_scale)).double().log().item()
+        self.alpha, self.temperature, self.terms = alpha, temperature, terms
+        if terms not in ("both", "contrastive", "consistency"):
+            raise ValueError(f"DCDLoss: terms={terms!r}; choose both, contrastive or consistency")
 
     def scale(self) -> torch.Tensor:
         """What multiplies the cosines: min(exp(tau), max_scale), or 1 / temperature."""
-        if self.temperature is not None:
-            return self.tau.new_tensor(1 / self.temperature)
+        if self.temperature:
+            return torch.full_like(self.tau, 1 / self.temperature)
         # The minimum is taken before exp, so that a huge tau gives no inf times 0 in the gradient.
-        return self.tau.clamp(max=self.tau.new_tensor(self.max_scale).log()).exp()
+        return self.tau.clamp(max=self.max_tau).exp()
 
     def similarity(self, student_emb: torch.Tensor, teacher_emb: torch.Tensor) -> torch.Tensor:
-        """scale * cos(s_i, t_j), [B,B]: row i a student, column j a teacher."""
+        """scale * cos(s_i, t_j), [B,B]: row i as the student sees image i, column j the teacher."""
+        if len(student_emb) != len(teacher_emb):
+            raise ValueError(f"DCDLoss: {len(student_emb)} students, {len(teacher_emb)} teachers")
+        dtype = self.student_head.weight.dtype  # float32, unless the whole module was cast
         with torch.autocast(student_emb.device.type, enabled=False):
-            s = _unit(self.student_head(_full(student_emb)))  # [B,embed_dim]
-            t = _unit(self.teacher_head(_full(teacher_emb.detach())))
-            return self.scale() * s @ t.T
+            s = _unit(_full(self.student_head(student_emb.to(dtype))))  # [B,embed_dim]
+            t = _unit(_full(self.teacher_head(teacher_emb.detach().to(dtype))))
+            return _full(self.scale()) * s @ t.T
 
     def forward(self, student_emb: torch.Tensor, teacher_emb: torch.Tensor) -> torch.Tensor:
         similarity = self.similarity(student_emb, teacher_emb)
@@ -194,8 +212,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--terms", choices=("both", "contrastive", "consistency"), default="both", help="of DCD")
     add("--alpha", type=weight, default=0.5, metavar="X", help="of the consistency in it (0.5)")
     add("--embed-dim", type=positive_int, default=128, metavar="N", help="width of the heads (128)")
-    add("--fixed-scale", type=positive, metavar="X", help="no trained scale: cosines divided by the"
-        " temperature X (0.07)")  # fmt: skip
+    add("--fixed-scale", type=positive, metavar="X", help="divide the cosines by the temperature X,"
+        " such as 0.07, in place of the trained scale")  # fmt: skip
+    add("--plot", action="store_true", help="draw class relations against the teacher's"
+        " (correlation_gap.png; its mean goes into result.json) and embeddings.png")  # fmt: skip
 
     add = parser.add_argument_group("recipe").add_argument
     add("--epochs", type=positive_int, metavar="N", help="drops scale along (240; transfer: 120)")
@@ -206,19 +226,17 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--momentum", type=below_one, default=0.9, metavar="X", help="(0.9)")
     add("--nesterov", action=YesNo, default=False, help="Nesterov's form of it (no)")
     add("--weight-decay", type=weight, default=5e-4, metavar="X", help="(0.0005)")
-    add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
+    add("--pretrained", action=YesNo, default=False, help="start from ImageNet weights (no)")
 
     datasets = one_of("data set", list(STATS))
     add = parser.add_argument_group("transfer").add_argument
     add("--transfer", type=datasets, metavar="NAME", help="instead of distilling: train a linear"
         " classifier for this data set on the frozen student and the frozen teacher")  # fmt: skip
     add("--student-ckpt", metavar="FILE", help="the student, such as a run's student.pt")
-    add("--transfer-bn", choices=("eval", "batch"), default="eval", help="the frozen networks'"
-        " BatchNorm: frozen too, or as in training (eval)")  # fmt: skip
+    add("--transfer-bn", choices=("eval", "batch"), default="eval", help="mode of the frozen"
+        " networks; batch: train mode, BatchNorm adapts, dropout is on (eval)")  # fmt: skip
 
     add_run_arguments(parser)
-    add("--plot", action="store_true", help="draw correlation_gap.png (class relations of student"
-        " and teacher) and embeddings.png; its mean goes into result.json")  # fmt: skip
     args = parser.parse_args(argv)
     args.script = "dcd"
     args.lr = args.lr or default_lr(args.student)
@@ -226,32 +244,50 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.epochs = args.epochs or (120 if args.transfer else 240)
     args.teacher_epochs = args.teacher_epochs or args.epochs
     args.nesterov = args.nesterov and args.momentum > 0
+    if args.transfer or args.student_ckpt:
+        prepare_transfer(args)
+        return args
     if args.batch_size < 2:
         raise UserError("--batch-size 1: a relation needs two images or more")
     if not args.eval and not args.ce_weight and not args.kd_weight:
         raise UserError("--ce-weight 0: nothing else here trains the classifier")
-    args.method = "+".join(["DCD"] * bool(args.dcd_weight) + ["KD"] * bool(args.kd_weight)) or "CE"
+    args.method = method_name(args)
     args.plot = ("correlation_gap.png", "embeddings.png") if args.plot else ()
     if args.plot:
         pyplot()  # fail now, not after the training
-    if args.transfer and not args.eval:
-        prepare_transfer(args)
     return args
 
 
+def method_name(args) -> str:
+    dcd = "DCD" if args.terms == "both" else f"DCD {args.terms}"
+    dcd += " fixed scale" if args.fixed_scale else ""
+    return "+".join([dcd] * bool(args.dcd_weight) + ["KD"] * bool(args.kd_weight)) or "CE"
+
+
 def prepare_transfer(args) -> None:
-    """--dataset names what the networks were trained on, until here."""
-    if args.compare or args.plot:
-        raise UserError("--transfer: --compare and --plot are for distillation; leave them out")
+    """--dataset is what the networks were trained on; from here on it is the data of the probes."""
+    if args.compare or args.plot or args.eval:
+        raise UserError("--transfer: leave --compare, --plot and --eval out, they are for others")
+    if not args.transfer:
+        raise UserError("--student-ckpt: only for --transfer NAME, which names the new data")
     if not args.student_ckpt:
         raise UserError("--transfer: name the student, --student-ckpt FILE, as a run's student.pt")
+    student = Path(args.student_ckpt)
+    label, method = student.stem, student.stem
+    if student.name == "student.pt" and student.parent.name:
+        label = student.parent.name  # a run's folder
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            method = json.loads((student.parent / "result.json").read_text())["method"]
+    mode = "" if args.transfer_bn == "eval" else " (batch)"
     trained = Path(f"checkpoints/{args.dataset}_{args.teacher}.pt")
     if not args.teacher_ckpt and trained.exists():
         args.teacher_ckpt = str(trained)
     if not args.teacher_ckpt:
         print(f"note: no {trained}, no --teacher-ckpt: the student alone", file=sys.stderr)
-    args.dataset, args.method = args.transfer, f"linear probe, BatchNorm {args.transfer_bn}"
-    place = f"runs/dcd-transfer-{args.teacher}-{args.student}-{args.dataset}"
+        args.teacher = None
+    args.source, args.dataset = args.dataset, args.transfer
+    args.method = f"probe of {method}{mode}"
+    place = f"runs/dcd-transfer-{args.dataset}-of-{label}{mode.strip(' ()') and '-batch'}"
     args.out = args.out or (place if args.seeds else f"{place}-s{args.seed}")
 
 
@@ -331,15 +367,16 @@ def main(args) -> dict:
                         teacher_logits, teacher_features = run_teacher(images, return_features=True)
 
             # Losses, outside autocast and in float32. A term of weight 0 is not computed.
-            dcd = kd = scale = 0.0
+            dcd = kd = scale = tau = 0.0
             ce = F.cross_entropy(logits.float(), labels)
             if args.dcd_weight:
                 dcd = helpers["dcd"](features.embedding, teacher_features.embedding)
-                scale = helpers["dcd"].scale().detach()  # not a loss, but worth watching
+                scale = helpers["dcd"].scale().detach()  # no losses, but worth watching
+                tau = helpers["dcd"].tau.detach()
             if args.kd_weight:
                 kd = kd_loss(logits, teacher_logits, args.temperature)
             loss = args.ce_weight * ce + args.dcd_weight * dcd + args.kd_weight * kd
-            terms = {"ce": ce, "dcd": dcd, "kd": kd, "scale": scale}
+            terms = {"ce": ce, "dcd": dcd, "kd": kd, "scale": scale, "tau": tau}
 
             # [alike: step]
             optimizer.zero_grad()
@@ -374,11 +411,12 @@ def class_relations(network, data) -> torch.Tensor:
 
 
 def draw_correlation_gap(student, teacher, data, path) -> float:
-    """The paper's map |student - teacher| of the class relations, diagonal 0; -> its mean."""
+    """The paper's map: |student - teacher| of the class relations, diagonal 0. -> Its mean, over
+    all K^2 entries. What the paper calls a correlation is a mean of standardised logits."""
     gap = (class_relations(student, data) - class_relations(teacher, data)).abs()
     gap.fill_diagonal_(0)
     figure, axis = pyplot().subplots(figsize=(6, 5))
-    figure.colorbar(axis.imshow(gap.cpu(), cmap="Blues", vmin=0, vmax=3))
+    figure.colorbar(axis.imshow(gap.cpu().numpy(), cmap="Blues", vmin=0, vmax=3))
     axis.set(xlabel="logit of class", ylabel="true class")
     axis.set_title(f"class relations, |student - teacher|: mean {gap.mean():.3f}")
     save_figure(figure, path)
@@ -396,9 +434,9 @@ def draw_embeddings(student, teacher, data, path) -> None:
                        for part in images.split(250)])  # fmt: skip
         x = x - x.mean(0)
         plane = torch.linalg.svd(x, full_matrices=False)[2][:2]  # [2,D]
-        x = (x @ plane.T).cpu()
-        for k in labels.unique():
-            mine = x[labels.cpu() == k.item()]
+        x = (x @ plane.T).cpu().numpy()
+        for k in labels.unique().tolist():
+            mine = x[(labels == k).cpu().numpy()]
             axis.scatter(mine[:, 0], mine[:, 1], s=6, label=data.classes[k])
         axis.set(title=f"{name}: embeddings, two principal components", xticks=[], yticks=[])
     axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -407,7 +445,8 @@ def draw_embeddings(student, teacher, data, path) -> None:
 
 def transfer(args) -> dict:
     """Linear probes for the images of args.dataset: a new classifier on the frozen student and one
-    on the frozen teacher, trained side by side. Schedule of the paper's code."""
+    on the frozen teacher, trained side by side. Schedule of the paper's code.
+    With --seeds the spread is that of the probes: it is one student that they look at."""
     run = Run(args)
     if run.done:
         return run.done
@@ -415,7 +454,6 @@ def transfer(args) -> dict:
     data = load_data(args, device)
 
     # Networks as they were trained, each with a new classifier; nothing else of them is trained.
-    torch.manual_seed(args.seed)
     networks = nn.ModuleDict({"student": load_model(args.student, args.student_ckpt)})
     if args.teacher_ckpt:
         networks["teacher"] = load_model(args.teacher, args.teacher_ckpt)
@@ -424,6 +462,7 @@ def transfer(args) -> dict:
     for network in networks.values():
         probe(network, data)  # does it take images of this size?
         network.requires_grad_(False)
+        torch.manual_seed(args.seed)
         head = new_classifier(network, data.num_classes)
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
@@ -448,9 +487,9 @@ def transfer(args) -> dict:
         batches = data.batches("train", args.batch_size, shuffle, augment=True)
         for step, (images, labels) in enumerate(batches):
             now = 120 * (epoch * steps + step) // (args.epochs * steps)
-            drop = 10 ** sum(now >= drop for drop in (30, 60, 90))
+            divisor = 10 ** sum(now >= drop for drop in (30, 60, 90))
             for group, lr in zip(optimizer.param_groups, (args.lr, args.teacher_lr)):
-                group["lr"] = lr / drop
+                group["lr"] = lr / divisor
 
             with autocast(args, device):
                 logits = {name: network(images) for name, network in networks.items()}
@@ -462,7 +501,7 @@ def transfer(args) -> dict:
             meter.add(logits["student"], labels, terms)
 
         top1 = {name: evaluate(network, data, args) for name, network in networks.items()}
-        metrics = meter.close() | {"test_top1": top1["student"], "lr": args.lr / drop}
+        metrics = meter.close() | {"test_top1": top1["student"], "lr": args.lr / divisor}
         metrics |= {"teacher_test_top1": top1.get("teacher")}
         meter.report(metrics)
         run.end_epoch(metrics, **state)
@@ -480,6 +519,8 @@ def program(argv=None) -> None:
         return launch(transfer, args, {})
     ce = dict(method="CE", ce_weight=1.0, dcd_weight=0.0, kd_weight=0.0)
     kd = ce | dict(method="KD", kd_weight=args.kd_weight or 1.0)
+    if args.kd_weight:  # the very terms that stand beside DCD
+        kd["ce_weight"] = args.ce_weight
     launch(main, args, {"ce": ce, "kd": kd})
 
 

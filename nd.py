@@ -373,7 +373,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--momentum", type=below_one, default=0.9, metavar="X", help="(0.9)")
     add("--nesterov", action=YesNo, default=True, help="Nesterov's form of it (yes)")
     add("--weight-decay", type=weight, default=5e-4, metavar="X", help="(0.0005)")
-    add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
+    add("--pretrained", action=YesNo, default=False, help="start from ImageNet weights (no)")
 
     add_run_arguments(parser)
     args = parser.parse_args(argv)

@@ -1,39 +1,42 @@
-"""SP: similarity-preserving knowledge distillation, and its neighbours CC and intra.
+"""SP: similarity-preserving knowledge distillation, and its neighbours CC, intra and AT.
 
-The idea in one sentence: two images that the teacher finds alike, or unlike, should be so for the
-student, whatever the features are by which each of them sees that.
+The idea in one sentence: images that look alike to the teacher should look alike to the student,
+whatever the features are that each of them uses.
 
     Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019, arXiv 1907.09682.
 
-For a batch of B images, Q is a network's map [B,C,H,W] flattened to [B,CHW]:
+For a batch of B images, Q is a network's last stage output [B,C,H,W], flattened to [B,CHW]:
 
     gram = Q Q^T  [B,B],   G = gram with every row divided by its L2 norm
     sp   = |G_T - G_S|_F^2 / B^2
     loss = ce_weight * ce + sp_weight * sp + kd_weight * kd + at_weight * at
 
-Only the batch must be the same: channels and sizes of the maps may differ, nothing has to be
-trained beside the student, and scaling or turning a network's features changes nothing.
+Weights 1, 3000, 0, 0. kd is Hinton's, at temperature 4. Only the batch must be the same: channels
+and sizes of the maps may differ, and nothing is trained beside the student. Multiplying all
+features of the batch by one number, or rotating their space, changes nothing.
 
-The weight is in the thousands because the rows are unit vectors whose entries are near
-1 / sqrt(B), much alike as long as features are non-negative: sp is then at most 2 / B, and
-falls as 1 / B. 3000 was chosen for batches of 64; twice the batch halves its pull.
---sp-weight-batch 64 multiplies the weight by batch_size / 64 to keep it.
+Why thousands: the rows of G are unit vectors, so |G_T - G_S|_F^2 is at most 2 B if no feature is
+negative (else 4 B), and sp at most 2 / B; such rows also point much the same way, so that sp is far
+smaller still. It falls as 1 / B: twice the batch halves its pull. 3000 is in use at 64 and at 128;
+--sp-weight-batch 64 multiplies it by the size of each batch / 64, the last and smaller one too.
 
-    python sp.py --teacher resnet56 --student resnet20            CIFAR-100, the benchmark recipe
-    python sp.py --kd-weight 1 --compare --seeds 0 1 2            SP+KD, KD and CE, 3 seeds
-    python sp.py --recipe paper --teacher wrn_16_8 --student wrn_40_2      CIFAR-10, as the paper
+    python sp.py --teacher resnet56 --student resnet20      CIFAR-100, RepDistiller's recipe
+    python sp.py --kd-weight 1 --compare --seeds 0 1 2      SP+KD, KD and CE, 3 seeds
+    python sp.py --recipe paper --teacher wrn_16_8 --student wrn_40_2      CIFAR-10
 
 MEASURED
 
 Differs from the paper and from other code:
- 1. Rows are normalised by their L2 norm, after the product, as published; some libraries divide by
-    the L1 norm, others take cosines. An all-zero row stays zero and has zero gradient.
- 2. The last map before pooling is compared, as in the reference code that the authors checked.
-    --sp-maps all: the ends of all stages, summed. In a WRN that map is a sum that no ReLU has met.
- 3. The paper's own layers, weight search and CIFAR-10 schedule are known only from others' code:
-    --recipe paper is 200 epochs of batch 128, Nesterov, lr 0.1 times 0.2 at 60, 120 and 160.
- 4. The result is the last epoch, of each seed; the paper gives a median of five runs.
- 5. cc and intra are neighbours with weights of ours, chosen by their size on random networks.
+ 1. Rows are divided by their L2 norm, after the product. (torchdistill's rows are divided by their
+    L1 norm.) A zero row of the product stays zero instead of becoming 0/0.
+ 2. One pair of maps, the last stage outputs, as in RepDistiller, whose code one of the authors
+    checked. --sp-maps all: all stage outputs, summed. In WRN and MobileNetV2 they have met no ReLU.
+ 3. --recipe paper: 200 epochs of batch 128, Nesterov, lr 0.1, times 0.2 at 60, 120 and 160. It is
+    that of an independent replication; it was not checked against the paper.
+ 4. The result is the last epoch, of each seed. The baseline KD is ce + kd; RepDistiller's KD rows
+    are 0.1 ce + 0.9 kd.
+ 5. CC is taken of the embeddings; its paper learns a layer for it. Intra is ours. Their weights are
+    ours too: terms of the size of SP's for a trained teacher and an untrained student.
 
 Note: the method is covered by US patent 11636337B2; check before commercial use.
 """
@@ -41,6 +44,7 @@ Note: the method is covered by US patent 11636337B2; check before commercial use
 import argparse
 import sys
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -74,7 +78,8 @@ from common import (  # nothing in there knows about distillation
 
 # --- copy from here ---------------------------------------------------------------------------
 # Needs `import torch` and `import torch.nn.functional as F`. Every loss computes in float32 or
-# better, also inside autocast, and sends no gradient into the teacher.
+# better, also inside autocast (where a project allows TF32, that holds here too), and sends no
+# gradient into the teacher.
 
 
 def _full(x: torch.Tensor) -> torch.Tensor:
@@ -88,23 +93,36 @@ def _unit(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
     return x / norm.masked_fill(norm < 1e-7, float("inf"))
 
 
+def _same_batch(student: torch.Tensor, teacher: torch.Tensor) -> None:
+    if len(student) != len(teacher):
+        raise ValueError(f"a batch of {len(student)} of the student, {len(teacher)} of the teacher")
+
+
+def _largest_one(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    """x divided by its largest |entry| along dims: for losses that one factor does not change.
+
+    Products of tiny or huge features then neither vanish nor overflow. Detached: as the factor
+    changes nothing, it has no gradient.
+    """
+    return x / x.detach().abs().amax(dims, keepdim=True).clamp_min(1e-30)
+
+
 def _similarities(q: torch.Tensor) -> torch.Tensor:
     """Rows q_i, [...,N,F], to the matrix of dot products q_i.q_j with unit rows, [...,N,N]."""
+    q = _largest_one(q, (-2, -1))
     with torch.autocast(q.device.type, enabled=False):  # bfloat16 would round away what differs
         gram = q @ q.mT  # [...,N,N]
-    # One factor for the whole matrix cancels in the next line; it keeps tiny features from passing
-    # for zero. Constant for the gradient, which cancels likewise.
-    size = gram.detach().diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    return _unit(gram / size.masked_fill(size == 0, 1.0), dim=-1)
+    return _unit(gram, dim=-1)
 
 
 def sp_loss(student_map: torch.Tensor, teacher_map: torch.Tensor) -> torch.Tensor:
-    """Similarity-preserving: |G_T - G_S|_F^2 / B^2, at most 2/B for non-negative features.
+    """Similarity-preserving: |G_T - G_S|_F^2 / B^2, at most 2/B if no feature is negative.
 
     student_map, teacher_map [B,...]: same B, two or more; the rest may differ and is flattened.
     G: Gram matrix of the batch, rows divided by their L2 norms. Usual weight 3000 at B = 64: the
     value starts near 1e-3 and falls as 1/B. Source: arXiv 1907.09682.
     """
+    _same_batch(student_map, teacher_map)
     g_s = _similarities(_full(student_map).flatten(1))  # [B,B]
     g_t = _similarities(_full(teacher_map.detach()).flatten(1))
     return (g_t - g_s).square().mean()  # the mean divides by B^2
@@ -116,17 +134,19 @@ def cc_loss(
     """Correlation congruence: |K_T - K_S|_F^2 / B^2 with K_ij = exp(-gamma |x_i - x_j|^2).
 
     [B,...], flattened; x are the rows as unit vectors, so that K_ij = exp(-2 gamma)
-    exp(2 gamma x_i.x_j), whose second factor is expanded (Taylor) up to `order`. Usual weight 100
-    here: the value starts near 0.03. Source: Peng et al., ICCV 2019, arXiv 1904.01802.
+    exp(2 gamma x_i.x_j), whose second factor is expanded (Taylor) up to `order`. A zero row is
+    unlike all others. Weight 100 here: the value starts at 0.01 to 0.05, at any B. Source: Peng et
+    al., ICCV 2019, arXiv 1904.01802.
     """
+    _same_batch(student_emb, teacher_emb)
 
     def kernel(features):
-        x = _unit(_full(features).flatten(1))  # [B,F]
+        x = _unit(_largest_one(_full(features).flatten(1), (1,)))  # [B,F]
         with torch.autocast(x.device.type, enabled=False):
-            cosine = 2 * gamma * x @ x.T  # 2 gamma x_i.x_j  [B,B]
-        term = total = torch.ones_like(cosine)
+            exponent = 2 * gamma * x @ x.T  # 2 gamma x_i.x_j  [B,B]
+        term = total = torch.ones_like(exponent)
         for p in range(1, order + 1):
-            term = term * cosine / p  # (2 gamma x_i.x_j)^p / p!
+            term = term * exponent / p  # (2 gamma x_i.x_j)^p / p!
             total = total + term
         return total * total.new_tensor(-2 * gamma).exp()  # [B,B]
 
@@ -143,9 +163,10 @@ def intra_loss(student_map: torch.Tensor, teacher_map: torch.Tensor) -> torch.Te
     """SP turned inside: the similarities between the places of one image instead of between images.
 
     [B,C,H,W], the larger map averaged down to the smaller: per image |G_T - G_S|_F^2 / (HW)^2,
-    G from its HW vectors of C channels; mean over the batch. Usual weight 1000 here: the value
-    starts near 0.005.
+    G from its HW vectors of C channels; mean over the batch. Weight 1000 here, for 8x8 maps, where
+    the value starts near 0.005; it falls roughly as 1/HW. At 1x1 it is 0. Needs [B,HW,HW] memory.
     """
+    _same_batch(student_map, teacher_map)
     s, t = (x.flatten(2).mT for x in _same_size(student_map, teacher_map))  # [B,HW,C]
     return (_similarities(t) - _similarities(s)).square().mean()
 
@@ -154,15 +175,16 @@ def at_loss(student_map: torch.Tensor, teacher_map: torch.Tensor) -> torch.Tenso
     """Attention transfer: mean over batch and places of (A_S - A_T)^2.
 
     [B,C,H,W], the larger map averaged down to the smaller. A: the mean over channels of the squared
-    activations, flattened, divided by its L2 norm. Usual weight 1000 a map: the value
-    starts near 0.01. Source: Zagoruyko and Komodakis, ICLR 2017, arXiv 1612.03928, squared as in
-    their code.
+    activations, flattened, divided by its L2 norm. Usual weight 1000 for each map: the value is at
+    most 2/HW, and starts between 3e-4 (32x32) and 1e-2 (8x8). At 1x1 it is 0. Source: Zagoruyko and
+    Komodakis, ICLR 2017, arXiv 1612.03928; the squared difference of their code, where the paper
+    writes a norm.
     """
+    _same_batch(student_map, teacher_map)
     s, t = _same_size(student_map, teacher_map)
 
     def attention(x):
-        x = x / x.detach().abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-30)  # cancels below
-        return _unit(x.square().mean(1).flatten(1))  # [B,HW]
+        return _unit(_largest_one(x, (1, 2, 3)).square().mean(1).flatten(1))  # [B,HW]
 
     return (attention(s) - attention(t)).square().mean()
 
@@ -205,19 +227,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--sp-maps", choices=("last", "all"), default="last", help="stage ends compared (last)")
     add("--ce-weight", type=weight, default=1.0, metavar="X", help="of the cross-entropy (1)")
     add("--sp-weight", type=weight, metavar="X", help="of the relation (3000; cc 100, intra 1000)")
-    add(
-        "--sp-weight-batch",
-        type=positive_int,
-        metavar="N",
-        help="the batch size that the weight was chosen for (64): multiply it by batch-size / N",
-    )
+    add("--sp-weight-batch", type=positive_int, metavar="N", help="the weight is meant for"
+        " batches of N, such as 64: multiply it by the batch's size / N (off)")  # fmt: skip
     add("--kd-weight", type=weight, default=0.0, metavar="X", help="of KD (0; usual: 1)")
     add("--at-weight", type=weight, default=0.0, metavar="X", help="of AT (0; usual: 1000)")
     add("--temperature", type=positive, default=4.0, metavar="T", help="of KD (4)")
 
     add = parser.add_argument_group("recipe").add_argument
-    add("--recipe", choices=tuple(RECIPES), default="benchmark", help="sets those below, --dataset,"
-        " --teacher and --student, unless you give them (benchmark)")  # fmt: skip
+    add("--recipe", choices=tuple(RECIPES), default="benchmark", help="sets --dataset, --teacher,"
+        " --student, --epochs, --batch-size, --lr, drops and --nesterov (benchmark)")  # fmt: skip
     add("--epochs", type=positive_int, metavar="N", help="drops scale along (240; paper: 200)")
     add("--teacher-epochs", type=positive_int, metavar="N", help="if it must be trained (--epochs)")
     add("--batch-size", type=positive_int, metavar="N", help="(64; paper: 128)")
@@ -226,7 +244,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--momentum", type=below_one, default=0.9, metavar="X", help="(0.9)")
     add("--nesterov", action=YesNo, help="Nesterov's form of it (no; paper: yes)")
     add("--weight-decay", type=weight, default=5e-4, metavar="X", help="(0.0005)")
-    add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
+    add("--pretrained", action=YesNo, default=False, help="start from ImageNet weights (no)")
 
     add_run_arguments(parser)
     parser.set_defaults(dataset=None)  # the recipe's
@@ -244,6 +262,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.nesterov = args.nesterov and args.momentum > 0
     if args.sp_weight is None:
         args.sp_weight = RELATIONS[args.relation][1]
+    if args.sp_weight_batch and args.relation != "sp":
+        raise UserError(
+            f"--sp-weight-batch: {args.relation} does not fall with the batch; leave it"
+        )
     if args.batch_size < 2:
         raise UserError("--batch-size 1: a relation needs two images or more")
     if not args.eval and not args.ce_weight and not args.kd_weight:
@@ -286,6 +308,12 @@ def check_maps(args, student_sees, teacher_sees) -> None:
                 f"{name} gives no maps, only an embedding: use --relation cc and --at-weight 0, or"
                 " another network"
             )
+    size = min(seen.maps[-1].shape[-1] for seen in (student_sees, teacher_sees)) if by_map else 0
+    if size == 1 and (args.relation == "intra" or args.at_weight):
+        raise UserError(
+            "--relation intra and --at-weight compare places, but a last map here has only one: use"
+            " a larger --image-size or another network"
+        )
     every = "--at-weight" if args.at_weight else args.sp_maps == "all" and "--sp-maps all"
     if by_map and every and len(set(counts.values())) > 1:
         stages = " and ".join(f"{name} has {count}" for name, count in counts.items())
@@ -294,22 +322,22 @@ def check_maps(args, student_sees, teacher_sees) -> None:
 
 @torch.no_grad()
 def draw_similarities(args, data, teacher, student, path) -> None:
-    """The matrices G of up to 200 test images sorted by class: teacher, plain student, student."""
+    """The matrices G of 20 test images of each of ten classes: teacher, plain student, student."""
     plain = build_model(args.student, data.num_classes)
     load_weights(plain, path.parent / "ce" / "student.pt")
     plain = plain.to(data.device, memory_format=torch.channels_last)
     images, _ = data.test_batch(per_class=20, classes=10)
     networks = {args.teacher: teacher.net, f"{args.student}, CE": plain}
     networks[f"{args.student}, {args.method}"] = student
-    figure, axes = pyplot().subplots(1, 3, figsize=(13, 4.6))
-    target = None
-    for axis, (name, network) in zip(axes, networks.items()):
-        features = network.eval()(images, return_features=True)[1]
-        q = (features.maps[-1] if features.maps else features.embedding).flatten(1)
-        target = q if target is None else target
-        axis.imshow(_similarities(_full(q)).cpu(), cmap="viridis")
-        axis.set_title(f"{name}\nsp to the teacher {sp_loss(q, target):.2e}")
-        axis.set_xlabel("test images, sorted by class")
+    figure, axes = pyplot().subplots(1, 3, figsize=(14, 4.6))
+    outputs = [network.eval()(images, return_features=True)[1] for network in networks.values()]
+    flat = [(f.maps[-1] if f.maps else f.embedding).flatten(1).float() for f in outputs]
+    matrices = torch.stack([_similarities(q) for q in flat]).cpu().numpy()
+    for axis, name, q, matrix in zip(axes, networks, flat, matrices):
+        image = axis.imshow(matrix, vmin=0, vmax=np.quantile(matrices, 0.995))
+        value = "" if q is flat[0] else f": sp {sp_loss(q, flat[0]):.2e} on these {len(q)}"
+        axis.set(title=name + value, xlabel="test images of ten classes, sorted")
+    figure.colorbar(image, ax=axes)
     save_figure(figure, path)
 
 
@@ -335,9 +363,9 @@ def main(args) -> dict:
     teacher_sees = args.teacher and probe(build_model(args.teacher, data.num_classes), data)
     # [end]
 
-    relation_loss, recipe = RELATIONS[args.relation or "sp"][0], RECIPES[args.recipe]
-    sp_weight = args.sp_weight * args.batch_size / (args.sp_weight_batch or args.batch_size)
+    recipe = RECIPES[args.recipe]
     if args.teacher:
+        relation_loss = RELATIONS[args.relation][0]
         check_maps(args, student_sees, teacher_sees)
 
     # [alike: teacher]
@@ -385,17 +413,19 @@ def main(args) -> dict:
                         teacher_logits, teacher_features = run_teacher(images, return_features=True)
 
             # Losses, outside autocast and in float32. A term of weight 0 is not computed.
-            sp = kd = at = 0.0
+            relation = kd = at = 0.0
             ce = F.cross_entropy(logits.float(), labels)
             if args.sp_weight:
                 pairs = relation_inputs(features, args), relation_inputs(teacher_features, args)
-                sp = sum(relation_loss(s, t) for s, t in zip(*pairs))
+                relation = sum(relation_loss(s, t) for s, t in zip(*pairs))
             if args.kd_weight:
                 kd = kd_loss(logits, teacher_logits, args.temperature)
             if args.at_weight:
                 at = sum(at_loss(s, t) for s, t in zip(features.maps, teacher_features.maps))
-            loss = args.ce_weight * ce + sp_weight * sp + args.kd_weight * kd + args.at_weight * at
-            terms = {"ce": ce, args.relation: sp, "kd": kd, "at": at}
+            scale = len(labels) / args.sp_weight_batch if args.sp_weight_batch else 1.0
+            loss = args.ce_weight * ce + args.sp_weight * scale * relation
+            loss = loss + args.kd_weight * kd + args.at_weight * at
+            terms = {"ce": ce, args.relation: relation, "kd": kd, "at": at}
 
             # [alike: step]
             optimizer.zero_grad()
@@ -417,6 +447,8 @@ def program(argv=None) -> None:
     args = parse_args(argv)
     ce = dict(method="CE", ce_weight=1.0, sp_weight=0.0, kd_weight=0.0, at_weight=0.0, plot=())
     kd = ce | dict(method="KD", kd_weight=args.kd_weight or 1.0)
+    if args.kd_weight:  # the very terms that stand beside the relation
+        kd["ce_weight"] = args.ce_weight
     launch(main, args, {"ce": ce, "kd": kd}, needed=("ce",) if args.plot else ())
 
 

@@ -1,7 +1,7 @@
-"""Speed and memory of a training step of nd.py against the bare networks, in one process.
+"""Speed and memory of a training step of each script against the bare networks, in one process.
 
     python tests/bench.py                     resnet56 -> resnet20, batch 128
-    python tests/bench.py --json results/bench-nd.json
+    python tests/bench.py --json results/bench.json
 
 The bare step is the student's forward and backward, the teacher's forward and the optimizer on
 tensors that are ready: no loading, augmentation, distillation loss, metrics or schedule. Rounds of
@@ -25,7 +25,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+import dcd
 import nd
+import sp
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--teacher", default="resnet56")
@@ -45,14 +47,19 @@ def wait():
         torch.cuda.synchronize()
 
 
-def rate(step, steps=options.steps):
-    """Images per second over some steps."""
+def seconds(step, steps):
+    """Of one step, the mean over some."""
     wait()
     start = time.perf_counter()
     for _ in range(steps):
         step()
     wait()
-    return options.batch_size * steps / (time.perf_counter() - start)
+    return (time.perf_counter() - start) / steps
+
+
+def rate(step, steps=options.steps):
+    """Images per second over some steps."""
+    return options.batch_size / seconds(step, steps)
 
 
 def bare_step(fold, precision="fp32", layout=torch.channels_last, teacher=True):
@@ -77,14 +84,30 @@ def bare_step(fold, precision="fp32", layout=torch.channels_last, teacher=True):
     return step
 
 
-def real_rate(base, nd_weight):
-    """images/s that a run of nd.py reports for its second epoch."""
+def real_rate(script, arguments):
+    """images/s that a run of the script reports for its second epoch."""
     command = f"--dataset shapes --teacher {options.teacher} --student {options.student} --epochs 2"
     command += f" --train-size {options.batch_size * options.steps} --teacher-ckpt teacher.pth"
-    command += f" --batch-size {options.batch_size} --base {base} --nd-weight {nd_weight} --out o"
+    command += f" --batch-size {options.batch_size} --out o {arguments}"
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        nd.program(command.split())
+        script.program(command.split())
     return json.loads(Path("o/metrics.jsonl").read_text().splitlines()[-1])["images_per_second"]
+
+
+def sp_against_bare_products():
+    """Milliseconds, forward and backward: sp_loss, and nothing but its two products Q Q^T."""
+    student, teacher = (torch.randn(256, 64, 8, 8, device=device) for _ in range(2))
+    student, q_s = student.requires_grad_(), student.flatten(1).requires_grad_()
+    q_t = teacher.flatten(1)
+
+    def products():
+        return (q_s @ q_s.T).sum() + (q_t @ q_t.T).sum()
+
+    times = {"sp_loss": [], "products": []}
+    for _ in range(2 * options.rounds):
+        times["sp_loss"].append(seconds(lambda: sp.sp_loss(student, teacher).backward(), 20))
+        times["products"].append(seconds(lambda: products().backward(), 20))
+    return [1000 * statistics.median(values) for values in times.values()]
 
 
 def main():
@@ -92,8 +115,17 @@ def main():
         "bare, teacher folded": bare_step(fold=True),
         "bare, teacher as it is": bare_step(fold=False),
     }
-    real = {"KD": ("kd", 0), "KD++": ("kd", 1), "DKD++": ("dkd", 1), "DIST++": ("dist", 1)}
-    real["ReviewKD++"] = ("reviewkd", 1)
+    real = {
+        "KD": (nd, "--nd-weight 0"),
+        "KD++": (nd, ""),
+        "DKD++": (nd, "--base dkd"),
+        "DIST++": (nd, "--base dist"),
+        "ReviewKD++": (nd, "--base reviewkd"),
+        "SP": (sp, ""),
+        "SP+KD": (sp, "--kd-weight 1"),
+        "DCD": (dcd, ""),
+        "DCD+KD": (dcd, "--kd-weight 1"),
+    }
     layouts = {
         "student alone, fp32 contiguous": ("fp32", torch.contiguous_format),
         "student alone, fp32 channels-last": ("fp32", torch.channels_last),
@@ -109,11 +141,12 @@ def main():
     for _ in range(options.rounds):
         for name, step in (bare | layouts).items():
             rates[name].append(rate(step))
-        for name, (base, nd_weight) in real.items():
-            rates[name].append(real_rate(base, nd_weight))
+        for name, (script, arguments) in real.items():
+            rates[name].append(real_rate(script, arguments))
     emb = [torch.randn(options.batch_size, 64, device=device, requires_grad=i == 0) for i in (0, 1)]
     means = torch.rand(24, 64, device=device)
-    loss_only = rate(lambda: nd.nd_loss(*emb, means, labels).backward(), 200)
+    loss_only = seconds(lambda: nd.nd_loss(*emb, means, labels).backward(), 200)
+    sp_ms, products_ms = sp_against_bare_products()
     start = time.perf_counter()
     common.draw_shapes(6000, 0)
     drawn = time.perf_counter() - start
@@ -128,7 +161,8 @@ def main():
         print(f"{name:38s}{value:9.0f}  {value / reference:6.3f}   ({low:.0f} to {high:.0f})")
     gain = median["student alone, bf16 channels-last"] / median["student alone, fp32 contiguous"]
     print(f"bf16 channels-last / fp32 contiguous: {gain:.2f}")
-    print(f"nd_loss forward and backward: {1e6 * options.batch_size / loss_only:.0f} us a batch")
+    print(f"nd_loss forward and backward: {1e6 * loss_only:.0f} us a batch")
+    print(f"sp_loss on [256,64,8,8]: {sp_ms:.2f} ms, its two products alone {products_ms:.2f} ms")
     print(f"6,000 shapes drawn in {drawn:.2f} s; peak memory {common.peak_memory_mb('auto')} MB")
     return {
         "teacher": options.teacher,
@@ -137,7 +171,9 @@ def main():
         "device": common.device_name("auto"),
         "torch": torch.__version__,
         "images_per_second": {k: [round(v, 1) for v in values] for k, values in rates.items()},
-        "nd_loss_us": round(1e6 * options.batch_size / loss_only, 1),
+        "nd_loss_us": round(1e6 * loss_only, 1),
+        "sp_loss_ms": round(sp_ms, 3),
+        "sp_products_ms": round(products_ms, 3),
         "shapes_6000_seconds": round(drawn, 2),
         "peak_memory_mb": common.peak_memory_mb("auto"),
     }

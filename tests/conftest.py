@@ -8,9 +8,29 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the networks are tiny, and a process runs
 
 import pytest  # noqa: E402
 
+import common  # noqa: E402
+
 
 @pytest.fixture
 def cwd(tmp_path, monkeypatch):
     """An empty folder to run in: `runs/`, `checkpoints/` and `data/` are made there."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def forget_loaded_data():
+    common._LOADED.clear()
+    common._EVALUATED.clear()
+
+
+@pytest.fixture
+def small_test_split(monkeypatch):
+    """The splits of `shapes` cut to 240 images: tests need no accuracy."""
+    draw = common.draw_shapes
+    monkeypatch.setattr(common, "draw_shapes", lambda n, s, size: draw(min(n, 240), s, size))
+
+
+@pytest.fixture
+def any_teacher_passes(monkeypatch):
+    monkeypatch.setattr(common, "near_chance", lambda *a: False)

@@ -172,6 +172,24 @@ def test_fixed_scale_divides_by_the_temperature():
     assert module.tau.grad is None and module.student_head.weight.grad.abs().max() > 0
 
 
+def test_a_cast_module_takes_any_input():
+    data = embeddings()
+    wanted = loss_module()(*data)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for inputs in (torch.float64, torch.float32, torch.bfloat16):
+            value = loss_module(dtype=dtype)(*(x.to(inputs) for x in data))
+            assert value.dtype in (torch.float32, torch.float64)
+            assert torch.allclose(value.double(), wanted, rtol=0.1)
+
+
+def test_wrong_use_is_refused():
+    student, teacher = embeddings()
+    with pytest.raises(ValueError, match="6 students, 1 teachers"):
+        loss_module()(student, teacher[:1])
+    with pytest.raises(ValueError, match="choose both"):
+        loss_module(terms="contrast")
+
+
 def test_known_values():
     """About log n for random features at a small scale; near its floor when aligned."""
     torch.manual_seed(0)

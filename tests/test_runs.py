@@ -14,60 +14,27 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from helpers import (
+    QUICK,
+    ROOT,
+    TIMES,
+    WIDE,
+    make_bad_files,
+    result,
+    same,
+    stop_in,
+    teacher_file,
+    weights,
+)
 
 import common
 import nd
-
-ROOT = Path(nd.__file__).parent
-# A run of a second: two batches an epoch, the smallest networks.
-QUICK = "--dataset shapes --train-size 48 --batch-size 24 --teacher resnet8 --student resnet8"
-
-
-@pytest.fixture(autouse=True)
-def forget_loaded_data():
-    """The test split of `shapes` cut to 48 images: tests need no accuracy."""
-    common._LOADED.clear()
-    common._EVALUATED.clear()
-
-
-@pytest.fixture
-def small_test_split(monkeypatch):
-    draw = common.draw_shapes
-    monkeypatch.setattr(common, "draw_shapes", lambda n, s, size: draw(min(n, 240), s, size))
-
 
 pytestmark = pytest.mark.usefixtures("small_test_split")
 
 
 def run(command, *more):
     return common.run_program(nd.program, [*shlex.split(command), *more])
-
-
-def result(out):
-    return json.loads((Path(out) / "result.json").read_text())
-
-
-def weights(path):
-    state = torch.load(path, weights_only=True)
-    return {k: v for k, v in state.get("model", state).items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def teacher_file(path="teacher.pth", name="resnet8", classes=24, good=True):
-    """A checkpoint in RepDistiller's layout; `good`: it passes the check against chance."""
-    torch.manual_seed(1)
-    net = common.build_model(name, classes)
-    torch.save({"epoch": 240, "model": net.state_dict(), "accuracy": torch.tensor(70.0)}, path)
-    return path
-
-
-@pytest.fixture
-def any_teacher_passes(monkeypatch):
-    monkeypatch.setattr(common, "near_chance", lambda *a: False)
 
 
 # --- a run and its files -------------------------------------------------------------------------
@@ -100,9 +67,6 @@ def test_one_command_trains_the_teacher_and_writes_the_run(cwd, capsys):
     assert "training it" not in capsys.readouterr().out
     timeless = lambda d: {k: v for k, v in d.items() if k not in TIMES}  # noqa: E731
     assert timeless(result(out)) == timeless(r)
-
-
-TIMES = ("seconds", "images_per_second", "peak_memory_mb")
 
 
 def test_another_teacher_recipe_is_never_reused(cwd, capsys):
@@ -347,22 +311,6 @@ def test_a_torchvision_pair(cwd, any_teacher_passes):
 
 # --- stopping and going on -----------------------------------------------------------------------
 
-WIDE = "--dataset shapes --train-size 48 --batch-size 24 --teacher resnet8 --student wrn_16_2"
-
-
-def stop_in(monkeypatch, which_add):
-    """Make the program receive SIGTERM at its n-th training step."""
-    count = [0]
-    add = common.Meter.add
-
-    def stopping(self, *a, **k):
-        count[0] += 1
-        if count[0] == which_add:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return add(self, *a, **k)
-
-    monkeypatch.setattr(common.Meter, "add", stopping)
-
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
 def test_resume_equals_uninterrupted(cwd, monkeypatch, step, any_teacher_passes):
@@ -576,35 +524,11 @@ BAD = {  # arguments -> words of the error
 }
 
 
-class Bomb:
-    def __reduce__(self):
-        return (open, ("exploded", "w"))
-
-
-def make_bad_files(cwd):
-    net = common.build_model("resnet8", 24)
-    torch.save(net.state_dict(), "chance.pth")
-    Path("torn.pth").write_bytes(Path("chance.pth").read_bytes()[:5000])
-    Path("torn").mkdir()
-    Path("torn/last.pt").write_bytes(Path("chance.pth").read_bytes()[:5000])
-    torch.save({"model": net.state_dict(), "opt": Bomb()}, "code.pth")
-    torch.save(common.build_model("resnet14", 24).state_dict(), "other.pth")
-    torch.save(common.build_model("resnet8", 100).state_dict(), "classes.pth")
-    for root in ("damaged", "classless"):
-        for split in ("train", "val"):
-            for name in ("a", "b"):
-                folder = Path(root) / split / name
-                folder.mkdir(parents=True)
-                Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(folder / "0.png")
-    Path("damaged/train/a/0.png").write_bytes(b"\x89PNG nothing")
-    Path("classless/train/empty").mkdir()
-
-
 @pytest.mark.parametrize("arguments", BAD)
 def test_bad_input_ends_in_one_line_and_status_2(cwd, arguments, capsys, monkeypatch):
     if arguments == "--device cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    make_bad_files(cwd)
+    make_bad_files()
     if "{good}" in arguments:
         monkeypatch.setattr(common, "near_chance", lambda *a: False)
         arguments = arguments.format(good="chance.pth")
@@ -653,67 +577,3 @@ def test_divergence_is_caught(cwd, capsys, any_teacher_passes):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error:") and "--lr" in error
     assert torch.load("o/last.pt", weights_only=True)["epoch"] == 0
-
-
-# --- documentation -------------------------------------------------------------------------------
-
-
-def test_help_is_the_docstring(capsys):
-    with pytest.raises(SystemExit) as stop:
-        run("--help")
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and nd.__doc__.strip()[:200] in text
-    for option in ("--teacher", "--nd-weight", "--compare", "--seeds", "--resume", "--data-dir"):
-        assert option in text
-
-
-def test_importing_does_nothing():
-    code = "import nd, sys; assert callable(nd.nd_loss)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == done.stderr == ""
-
-
-def readme_commands():
-    """Every `python nd.py ...` that the README or the docstring tells people to type."""
-    text = (ROOT / "README.md").read_text() + nd.__doc__
-    lines = re.findall(r"^\s*(?:.*(?:&&|;) *)?\S*python3? nd\.py (.*)$", text, re.M)
-    commands = {re.split(r"\s{3,}|\s+#", line)[0].strip() for line in lines}
-    commands.discard("--help")  # tested above
-    assert len(commands) >= 5
-    return sorted(commands)
-
-
-def test_readme_snippet_runs():
-    text = (ROOT / "README.md").read_text()
-    scope = {}
-    exec(re.search(r"```python\n(.*?)```", text, re.S).group(1), scope)
-    student, teacher = common.build_model("resnet8", 3), common.build_model("resnet8", 3)
-    before = student.fc.weight.detach().clone()
-    optimizer = torch.optim.SGD(student.parameters(), 0.1)
-    batches = [(torch.randn(6, 3, 32, 32), torch.arange(6) % 3)] * 2
-    scope["distill"](student, teacher, batches, optimizer, 3)
-    assert not torch.equal(student.fc.weight, before)
-
-
-@pytest.mark.parametrize("command", readme_commands())
-def test_readme_commands_run(cwd, command, capsys, any_teacher_passes):
-    """As printed, then shortened: one epoch of few images, a CIFAR-100 tree of random pixels."""
-    rng = np.random.default_rng(0)
-    for root in ("data/cifar100", "my-images"):
-        for split in ("train", "test"):
-            for k in range(100):
-                folder = Path(root) / split / f"class{k:02d}"
-                folder.mkdir(parents=True)
-                pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
-                Image.fromarray(pixels).save(folder / "0.png")
-    for name in set(re.findall(r"[\w./-]+\.pth?\b", command)):
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        role, default = ("student", "resnet20") if "--eval" in command else ("teacher", "resnet56")
-        network = re.search(rf"--{role} (\S+)", command)
-        teacher_file(name, network.group(1) if network else default, 100)
-    command = re.sub(r"--train-size \d+", "", command)
-    command += " --epochs 1 --teacher-epochs 1 --batch-size 48"
-    command += " --train-size 48" if "shapes" in command else ""
-    if "--resume" in command:  # of what?
-        assert run(command.replace("--resume", "")) == 0
-    assert run(command) == 0, capsys.readouterr().err

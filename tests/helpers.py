@@ -1,0 +1,81 @@
+"""What the tests of whole runs share: commands of a second, files to load, ways to stop."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import common
+
+ROOT = Path(common.__file__).parent
+# A run of a second: two batches an epoch, the smallest networks.
+QUICK = "--dataset shapes --train-size 48 --batch-size 24 --teacher resnet8 --student resnet8"
+WIDE = "--dataset shapes --train-size 48 --batch-size 24 --teacher resnet8 --student wrn_16_2"
+TIMES = ("seconds", "images_per_second", "peak_memory_mb")
+
+
+def result(out):
+    return json.loads((Path(out) / "result.json").read_text())
+
+
+def lines(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(path):
+    state = torch.load(path, weights_only=True)
+    return {k: v for k, v in state.get("model", state).items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def teacher_file(path="teacher.pth", name="resnet8", classes=24):
+    """A checkpoint in RepDistiller's layout, untrained."""
+    torch.manual_seed(1)
+    net = common.build_model(name, classes)
+    torch.save({"epoch": 240, "model": net.state_dict(), "accuracy": torch.tensor(70.0)}, path)
+    return path
+
+
+def stop_in(monkeypatch, which_add):
+    """Make the program receive SIGTERM at its n-th training step."""
+    count = [0]
+    add = common.Meter.add
+
+    def stopping(self, *a, **k):
+        count[0] += 1
+        if count[0] == which_add:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return add(self, *a, **k)
+
+    monkeypatch.setattr(common.Meter, "add", stopping)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ("exploded", "w"))
+
+
+def make_bad_files():
+    net = common.build_model("resnet8", 24)
+    torch.save(net.state_dict(), "chance.pth")
+    Path("torn.pth").write_bytes(Path("chance.pth").read_bytes()[:5000])
+    Path("torn").mkdir()
+    Path("torn/last.pt").write_bytes(Path("chance.pth").read_bytes()[:5000])
+    torch.save({"model": net.state_dict(), "opt": Bomb()}, "code.pth")
+    torch.save(common.build_model("resnet14", 24).state_dict(), "other.pth")
+    torch.save(common.build_model("resnet8", 100).state_dict(), "classes.pth")
+    for root in ("damaged", "classless"):
+        for split in ("train", "val"):
+            for name in ("a", "b"):
+                folder = Path(root) / split / name
+                folder.mkdir(parents=True)
+                Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(folder / "0.png")
+    Path("damaged/train/a/0.png").write_bytes(b"\x89PNG nothing")
+    Path("classless/train/empty").mkdir()

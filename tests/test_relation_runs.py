@@ -1,0 +1,542 @@
+"""sp.py and dcd.py as people use them. What they share with nd.py is tested there in detail."""
+
+import json
+import math
+import re
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    QUICK,
+    TIMES,
+    WIDE,
+    lines,
+    make_bad_files,
+    result,
+    same,
+    stop_in,
+    teacher_file,
+    weights,
+)
+
+import common
+import dcd
+import nd
+import sp
+
+SCRIPTS = {"nd": nd, "sp": sp, "dcd": dcd}
+pytestmark = pytest.mark.usefixtures("small_test_split")
+
+
+def run(script, command, *more):
+    return common.run_program(SCRIPTS[script].program, [*shlex.split(command), *more])
+
+
+@pytest.fixture
+def quick(cwd, any_teacher_passes):
+    """One epoch of two steps with a teacher that is there."""
+    teacher_file()
+    return f"{QUICK} --epochs 1 --teacher-ckpt teacher.pth --out o"
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script, method", [("sp", "SP"), ("dcd", "DCD")])
+def test_one_command_trains_the_teacher_and_writes_the_run(cwd, script, method, capsys):
+    assert run(script, WIDE, "--epochs", "2") == 0
+    out = cwd / "runs" / f"{script}-resnet8-wrn_16_2-shapes-s0"
+    names = {p.name for p in out.iterdir()}
+    assert names == {"metrics.jsonl", "result.json", "student.pt", "last.pt", ".lock"}
+    assert [line["epoch"] for line in lines(out)] == [1, 2]
+    keys = ("ce", script, "train_top1", "test_top1", "lr", "seconds", "images_per_second")
+    for line in lines(out):
+        assert np.isfinite([line[key] for key in keys]).all()
+    r = result(out)
+    assert r["method"] == method and r["script"] == f"{script}.py" and r["teacher_top1"] is not None
+    student = common.build_model("wrn_16_2", 24)
+    student.load_state_dict(weights(out / "student.pt"))  # the student alone, strictly
+    assert "teacher resnet8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, method, terms",
+    [
+        ("--relation cc", "CC", {"cc"}),
+        ("--relation intra", "intra", {"intra"}),
+        ("--sp-maps all", "SP", {"sp"}),
+        ("--relation intra --sp-maps all", "intra", {"intra"}),
+        ("--kd-weight 1 --at-weight 1000", "SP+KD+AT", {"sp", "kd", "at"}),
+        ("--sp-weight 0 --at-weight 1000", "AT", {"at"}),
+        ("--precision bf16 --kd-weight 1", "SP+KD", {"sp", "kd"}),
+    ],
+)
+def test_the_family_of_sp(quick, options, method, terms):
+    assert run("sp", quick, *options.split()) == 0
+    line = lines("o")[0]
+    assert result("o")["method"] == method
+    assert {t for t in ("sp", "cc", "intra", "kd", "at") if t in line} == terms
+    assert all(math.isfinite(line[t]) and line[t] > 0 for t in terms)
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["", "--terms contrastive", "--terms consistency", "--fixed-scale 0.07", "--precision bf16"],
+)
+def test_the_options_of_dcd(quick, options):
+    assert run("dcd", quick, *options.split()) == 0
+    line = lines("o")[0]
+    assert math.isfinite(line["dcd"]) and line["dcd"] > 0
+    expected = 1 / 0.07 if "fixed" in options else math.e  # moved a little in two steps
+    assert line["scale"] == pytest.approx(expected, rel=0.1)
+    if "contrastive" in options:
+        assert line["dcd"] == pytest.approx(math.log(24), rel=0.2)
+
+
+def test_several_maps_are_summed(quick):
+    """--sp-maps all at the first step is the sum of sp_loss over the stages, from another start."""
+    command = quick.replace("--batch-size 24", "--batch-size 48")  # a single step
+    assert run("sp", command, "--sp-maps", "all") == 0
+    args = sp.parse_args(shlex.split(command))
+    data = common.load_data(args, torch.device("cpu"))
+    images, _ = next(data.batches("train", 48, 0, augment=True))
+    torch.manual_seed(0)
+    student, teacher = common.build_model("resnet8", 24), common.build_model("resnet8", 24)
+    common.load_weights(teacher, "teacher.pth")
+    s, t = (net(images, return_features=True)[1].maps for net in (student, teacher.eval()))
+    each = [sp.sp_loss(a, b).item() for a, b in zip(s, t)]
+    assert len(each) == 3 and lines("o")[0]["sp"] == pytest.approx(sum(each), rel=1e-3)
+    assert run("sp", command) == 0
+    assert lines("o")[0]["sp"] == pytest.approx(each[-1], rel=1e-3)
+
+
+def test_sp_weight_batch_multiplies_the_weight(quick):
+    assert run("sp", quick, "--sp-weight-batch", "12") == 0  # batches of 24: twice the weight
+    rescaled = weights("o/student.pt")
+    assert run("sp", quick, "--sp-weight", "6000") == 0
+    assert same(weights("o/student.pt"), rescaled)
+    assert run("sp", quick) == 0
+    assert not same(weights("o/student.pt"), rescaled)
+
+
+def test_the_class_counts_of_teacher_and_student_widths_may_differ(cwd, any_teacher_passes):
+    for script, teacher in (("sp", "vgg8"), ("dcd", "MobileNetV2")):
+        teacher_file("teacher.pth", teacher)
+        command = WIDE.replace("--teacher resnet8", f"--teacher {teacher}")
+        assert run(script, f"{command} --epochs 1 --teacher-ckpt teacher.pth --out o") == 0
+
+
+@pytest.mark.parametrize("script", ["sp", "dcd"])
+def test_weights_of_zero_are_plain_training_bit_for_bit(cwd, script, any_teacher_passes):
+    """Against training written here from scratch, and against nd.py with the same recipe."""
+    teacher_file()
+    command = f"{QUICK} --epochs 3 --seed 5 --teacher-ckpt teacher.pth --out o"
+    assert run(script, command, f"--{script}-weight", "0") == 0
+    assert result("o")["method"] == "CE"
+    data = common.load_data(nd.parse_args(shlex.split(QUICK)), torch.device("cpu"))
+    torch.manual_seed(5)
+    net = common.build_model("resnet8", 24).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9, weight_decay=5e-4)
+    step = 0
+    for epoch in range(3):
+        net.train()
+        for images, labels in data.batches("train", 24, 5 * 100_003 + epoch, augment=True):
+            drops = sum(8 * step >= 6 * k for k in (5, 6, 7))  # after 5/8, 6/8, 7/8 of 6 steps
+            factor = 0.1**drops if script == "sp" else 1 / 10**drops
+            optimizer.param_groups[0]["lr"] = 0.05 * factor
+            optimizer.zero_grad()
+            F.cross_entropy(net(images), labels).backward()
+            optimizer.step()
+            step += 1
+    assert same(weights("o/student.pt"), net.state_dict())
+    recipe = "--lr 0.05 --no-nesterov --nd-weight 0 --kd-weight 0"
+    assert run("nd", command, *recipe.split()) == 0
+    assert all(
+        torch.allclose(a, b, atol=1e-6) if a.is_floating_point() else torch.equal(a, b)
+        for a, b in zip(weights("o/student.pt").values(), net.state_dict().values())
+    )
+
+
+def test_kd_alone_is_the_same_in_both_scripts(quick):
+    assert run("sp", quick, "--sp-weight", "0", "--kd-weight", "1") == 0
+    first = weights("o/student.pt")
+    assert run("dcd", quick, "--dcd-weight", "0", "--kd-weight", "1") == 0
+    assert result("o")["method"] == "KD" and same(weights("o/student.pt"), first)
+
+
+def test_heads_and_tau_are_trained_decayed_and_not_exported(quick, monkeypatch):
+    optimizers, sgd = [], torch.optim.SGD
+
+    def spy(parameters, **options):
+        optimizers.append(sgd(parameters, **options))
+        return optimizers[-1]
+
+    modules, kind = [], dcd.DCDLoss
+    monkeypatch.setattr(torch.optim, "SGD", spy)
+    monkeypatch.setattr(
+        dcd, "DCDLoss", lambda *a, **k: modules.append(kind(*a, **k)) or modules[-1]
+    )
+    assert run("dcd", quick, "--epochs", "3", "--embed-dim", "16") == 0
+    (group,), module = optimizers[0].param_groups, modules[0]
+    assert group["weight_decay"] == 5e-4
+    ids = [id(p) for p in group["params"]]
+    named = dict(module.named_parameters())
+    heads = {f"{h}_head.{p}" for h in ("student", "teacher") for p in ("weight", "bias")}
+    assert set(named) == heads | {"tau"}
+    assert all(ids.count(id(p)) == 1 for p in named.values())
+    assert module.student_head.out_features == 16
+    saved = torch.load("o/last.pt", weights_only=True)["state"]
+    for name, value in named.items():
+        assert torch.equal(saved["helpers"][f"dcd.{name}"], value)
+        momentum = optimizers[0].state[value]["momentum_buffer"]
+        assert momentum.abs().max() > 0, name  # a gradient reached it
+    assert named["tau"].item() != 1.0
+    assert weights("o/student.pt").keys() == common.build_model("resnet8", 24).state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "script, options, lr, length, drops, factor",
+    [
+        ("sp", "", 0.05, 240, (150, 180, 210), 0.1),
+        ("dcd", "", 0.05, 240, (150, 180, 210), 0.1),
+        ("sp", "--recipe paper --dataset shapes", 0.1, 200, (60, 120, 160), 0.2),
+    ],
+)
+def test_schedules_at_full_length(
+    cwd, monkeypatch, script, options, lr, length, drops, factor, any_teacher_passes
+):
+    teacher_file()
+    seen, module = [], SCRIPTS[script]
+    add = common.Meter.add
+
+    def spy(self, *a):
+        add(self, *a)
+        frame = sys._getframe(1).f_locals
+        seen.append((frame["epoch"], frame["optimizer"].param_groups[0]["lr"]))
+
+    monkeypatch.setattr(common.Meter, "add", spy)
+    monkeypatch.setattr(module, "evaluate", lambda *a: 0.0)
+    monkeypatch.setattr(common.Run, "_save", lambda *a: None)
+    monkeypatch.setattr(common.Run, "_write_metrics", lambda *a: None)
+    monkeypatch.setattr(common.Meter, "report", lambda *a: None)
+    batch = (torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))
+    monkeypatch.setattr(common.Data, "batches", lambda *a, **k: iter([batch] * 2))
+    monkeypatch.setattr(common.Data, "steps", lambda *a: 2)
+    zero = f"--{script}-weight 0"
+    assert run(script, f"{QUICK} {options} {zero} --teacher-ckpt teacher.pth --out o") == 0
+    assert len(seen) == 2 * length
+    for epoch, rate in seen:
+        assert rate == pytest.approx(lr * factor ** sum(epoch >= drop for drop in drops))
+
+
+def test_recipes():
+    args = sp.parse_args(["--recipe", "paper"])
+    wanted = dict(dataset="cifar10", teacher="wrn_40_1", student="wrn_16_1", epochs=200)
+    wanted |= dict(batch_size=128, lr=0.1, nesterov=True, weight_decay=5e-4, sp_weight=3000.0)
+    assert {k: getattr(args, k) for k in wanted} == wanted
+    args = sp.parse_args(["--recipe", "paper", "--dataset", "svhn", "--no-nesterov", "--lr", "1"])
+    assert (args.dataset, args.nesterov, args.lr) == ("svhn", False, 1.0)
+    for script, module in (("sp", sp), ("dcd", dcd)):
+        args = module.parse_args(["--student", "ShuffleV1"])
+        wanted = dict(dataset="cifar100", teacher="resnet56", epochs=240, batch_size=64, lr=0.01)
+        wanted |= dict(teacher_lr=0.05, nesterov=False, momentum=0.9, kd_weight=0.0, script=script)
+        assert {k: getattr(args, k) for k in wanted} == wanted
+
+
+def test_compare_sets_ce_and_kd_beside_the_method(quick, capsys):
+    for script, method in (("sp", "SP"), ("dcd", "DCD")):
+        assert run(script, quick.replace("--out o", f"--out {script}"), "--compare") == 0
+        assert result(f"{script}/ce")["method"] == "CE" and result(f"{script}/kd")["method"] == "KD"
+        assert re.search(rf"\| {method} \| 1 \|", capsys.readouterr().out)
+        assert "kd" not in lines(script)[0]
+    assert same(weights("sp/ce/student.pt"), weights("dcd/ce/student.pt"))
+
+
+@pytest.mark.parametrize("step", [2, 3, 5])
+@pytest.mark.parametrize("script", ["sp", "dcd"])
+def test_resume_equals_uninterrupted(cwd, monkeypatch, script, step, any_teacher_passes):
+    teacher_file()
+    command = f"{QUICK} --epochs 3 --kd-weight 1 --teacher-ckpt teacher.pth --out"
+    assert run(script, command, "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_in(patch, step)
+        assert run(script, command, "parts") == 128 + signal.SIGTERM
+    assert run(script, command, "parts", "--resume") == 0
+    assert same(weights("whole/student.pt"), weights("parts/student.pt"))
+    timeless = [[{k: v for k, v in x.items() if k not in TIMES} for x in lines(d)]
+                for d in ("whole", "parts")]  # fmt: skip
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 3
+    if script == "dcd":
+        heads = [torch.load(f"{d}/last.pt", weights_only=True)["state"]["helpers"]
+                 for d in ("whole", "parts")]  # fmt: skip
+        assert same(*heads) and "dcd.tau" in heads[0]
+
+
+def test_a_teacher_serves_every_script_and_that_is_said(cwd, capsys):
+    epochs = "--epochs 1 --teacher-epochs 1"
+    assert run("nd", f"{QUICK} {epochs} --kd-weight 0 --nd-weight 0") == 0
+    saved = weights("checkpoints/shapes_resnet8.pt")
+    capsys.readouterr()
+    for script in ("sp", "dcd"):
+        assert run(script, f"{QUICK} {epochs}") == 0
+        text = capsys.readouterr().out
+        assert "note: checkpoints/shapes_resnet8.pt was trained with script nd" in text
+        assert "lr 0.1 (asked: 0.05)" in text and "training it" not in text
+        assert run(script, f"{QUICK} --epochs 1 --teacher-epochs 2") == 2  # not that
+        assert "epochs 1 (asked: 2)" in capsys.readouterr().err
+    assert same(weights("checkpoints/shapes_resnet8.pt"), saved)
+    Path("checkpoints/shapes_resnet8.pt").unlink()
+    assert run("sp", f"{QUICK} {epochs}") == 0
+    for change in ("--recipe paper --dataset shapes --batch-size 24", "--teacher-lr 0.02"):
+        assert run("sp", f"{QUICK} {epochs} {change}") == 2
+        assert "trained otherwise" in capsys.readouterr().err
+
+
+def test_pretrained_starts_from_torchvisions_weights(cwd, monkeypatch, capsys):
+    asked, get_model = [], common.torchvision.models.get_model
+
+    def without_download(name, weights=None, **options):
+        asked.append((name, weights))
+        return get_model(name, weights=None, **options)
+
+    monkeypatch.setattr(common.torchvision.models, "get_model", without_download)
+    command = QUICK.replace("resnet8", "mobilenet_v2")
+    assert run("sp", f"{command} --epochs 1 --pretrained --train-size 24") == 0
+    started = [name for name, weights in asked if weights == "DEFAULT"]
+    assert started == ["mobilenet_v2"] * 2  # teacher and student, not the shapes' probe
+    assert run("sp", f"{QUICK} --epochs 1 --pretrained") == 2
+    assert "no pretrained weights" in capsys.readouterr().err
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def test_sp_draws_the_similarities(quick):
+    assert run("sp", quick, "--plot") == 0
+    assert Path("o/similarities.png").read_bytes().startswith(b"\x89PNG")
+    assert result("o/ce")["method"] == "CE"  # the plain student of the picture
+    before = weights("o/student.pt")
+    Path("o/similarities.png").unlink()
+    assert run("sp", quick, "--plot", "--resume") == 0  # drawn again, not trained again
+    assert Path("o/similarities.png").exists() and same(weights("o/student.pt"), before)
+
+
+def test_dcd_draws_the_correlation_gap_and_the_embeddings(quick, capsys):
+    assert run("dcd", quick, "--plot", "--compare") == 0
+    for out in ("o", "o/ce", "o/kd"):
+        assert Path(out, "correlation_gap.png").read_bytes().startswith(b"\x89PNG")
+        assert Path(out, "embeddings.png").read_bytes().startswith(b"\x89PNG")
+        assert 0 < result(out)["correlation_gap"] < 3
+    assert "correlation gap to the teacher: mean" in capsys.readouterr().out
+    # the gap against a loop over images
+    data = common.load_data(dcd.parse_args(shlex.split(QUICK)), torch.device("cpu"))
+    relations = []
+    for path in ("o/student.pt", "teacher.pth"):
+        net = common.build_model("resnet8", 24)
+        common.load_weights(net, path)
+        rows = {k: [] for k in range(24)}
+        for images, labels in data.batches("test", 1):
+            with torch.no_grad():
+                z = net.eval()(images)[0].double().numpy()
+            rows[labels.item()].append((z - z.mean()) / z.std())
+        relations.append(np.array([np.mean(rows[k], axis=0) for k in range(24)]))
+    gap = np.abs(relations[0] - relations[1])
+    np.fill_diagonal(gap, 0)
+    assert result("o")["correlation_gap"] == pytest.approx(gap.mean(), abs=2e-4)
+
+
+@pytest.mark.parametrize("script", ["sp", "dcd"])
+def test_plot_without_matplotlib_says_what_to_install(quick, script, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    assert run(script, quick, "--plot") == 2
+    assert "pip install matplotlib" in capsys.readouterr().err and not Path("o").exists()
+
+
+# --- transfer ------------------------------------------------------------------------------------
+
+TRANSFER = "--dataset cifar100 --transfer shapes --train-size 48 --batch-size 24 --epochs 2 --out o"
+
+
+@pytest.mark.parametrize("bn", ["eval", "batch"])
+@pytest.mark.parametrize(
+    "student, teacher, classifier",
+    [
+        ("resnet8", "wrn_16_1", "fc"),
+        ("vgg8", "MobileNetV2", "classifier"),
+        ("ShuffleV2", "resnet8", "linear"),
+        ("mobilenet_v2", "resnet8", "classifier.1"),
+    ],
+)
+def test_transfer_trains_the_classifiers_alone(cwd, student, teacher, classifier, bn):
+    teacher_file("student.pt", student, 100)
+    teacher_file("teacher.pth", teacher, 7)
+    command = f"{TRANSFER} --student {student} --student-ckpt student.pt --transfer-bn {bn}"
+    command += f" --teacher {teacher} --teacher-ckpt teacher.pth"
+    assert run("dcd", command) == 0
+    r = result("o")
+    assert r["dataset"] == "shapes" and r["method"] == "probe of student" + " (batch)" * (
+        bn == "batch"
+    )
+    assert r["teacher_top1"] == lines("o")[-1]["teacher_test_top1"]
+    assert r["student_top1"] == lines("o")[-1]["test_top1"]
+    before, after = weights("student.pt"), weights("o/student.pt")
+    assert before.keys() == after.keys() and after[f"{classifier}.weight"].shape[0] == 24
+    for key, value in before.items():
+        if key.startswith(classifier):
+            assert after[key].shape != value.shape
+        elif "running" in key or "num_batches" in key:
+            assert torch.equal(after[key], value) == (bn == "eval"), key
+        else:
+            assert torch.equal(after[key], value), key
+    if bn == "eval":  # and it is a usual checkpoint, for the new data
+        assert run("dcd", f"--dataset shapes --student {student} --eval o/student.pt") == 0
+
+
+def test_transfer_equals_a_probe_written_by_hand(cwd):
+    teacher_file("student.pt", "resnet8", 100)
+    assert run("dcd", f"{TRANSFER} --student resnet8 --student-ckpt student.pt --seed 3") == 0
+    assert result("o")["teacher_top1"] is None
+    data = common.load_data(dcd.parse_args(shlex.split(QUICK)), torch.device("cpu"))
+    net = common.build_model("resnet8", 100)
+    common.load_weights(net, "student.pt")
+    net = net.to(memory_format=torch.channels_last).eval()
+    torch.manual_seed(3)
+    torch.nn.Linear(64, 24)  # draws that PyTorch makes for its own start
+    weight, bias = 0.01 * torch.randn(24, 64), torch.zeros(24)
+    weight.requires_grad_(), bias.requires_grad_()
+    optimizer = torch.optim.SGD([weight, bias], 0.05, 0.9, weight_decay=5e-4)
+    step = 0
+    for epoch in range(2):
+        for images, labels in data.batches("train", 24, 3 * 100_003 + epoch, augment=True):
+            now = 120 * step // 4
+            optimizer.param_groups[0]["lr"] = 0.05 / 10 ** ((now >= 30) + (now >= 60) + (now >= 90))
+            with torch.no_grad():
+                x = net(images, return_features=True)[1].embedding
+            optimizer.zero_grad()
+            F.cross_entropy(x @ weight.T + bias, labels).backward()
+            optimizer.step()
+            step += 1
+    assert torch.allclose(weights("o/student.pt")["fc.weight"], weight, atol=1e-5)
+
+
+def test_transfer_finds_the_teacher_and_resumes(cwd, monkeypatch, capsys):
+    Path("checkpoints").mkdir()
+    teacher_file("checkpoints/cifar100_resnet8.pt", "resnet8", 100)
+    teacher_file("student.pt", "wrn_16_1", 100)
+    command = f"{TRANSFER} --teacher resnet8 --student wrn_16_1 --student-ckpt student.pt"
+    command = command.replace("--epochs 2 --out o", "--epochs 3")
+    assert run("dcd", command, "--out", "whole") == 0
+    assert result("whole")["teacher_top1"] is not None
+    with monkeypatch.context() as patch:
+        stop_in(patch, 3)
+        assert run("dcd", command, "--out", "parts") == 128 + signal.SIGTERM
+    assert run("dcd", command, "--out", "parts", "--resume") == 0
+    assert same(weights("whole/student.pt"), weights("parts/student.pt"))
+    with monkeypatch.context() as patch:
+        stop_in(patch, 3)
+        assert run("dcd", command, "--out", "other") == 128 + signal.SIGTERM
+    torch.manual_seed(4)
+    torch.save(common.build_model("wrn_16_1", 100).state_dict(), "student.pt")
+    capsys.readouterr()
+    assert run("dcd", command, "--out", "other", "--resume") == 2
+    assert "student or teacher is not the one" in capsys.readouterr().err
+    assert run("dcd", command, "--seeds", "0", "1") == 0
+    place = Path("runs/dcd-transfer-shapes-of-student")
+    assert {p.name for p in place.iterdir()} == {"s0", "s1"}
+    text = capsys.readouterr().out
+    assert re.search(r"\| probe of student \| 2 \|", text)  # one row, also where teachers differ
+    # the classifier of the student starts and ends the same with and without a teacher beside it
+    Path("checkpoints").rename("elsewhere")
+    assert run("dcd", command, "--out", "alone") == 0
+    assert same(weights("whole/student.pt"), weights("alone/student.pt"))
+    # a run's student is called by its method and its folder
+    Path("a-run").mkdir()
+    Path("student.pt").rename("a-run/student.pt")
+    Path("a-run/result.json").write_text('{"method": "DCD+KD"}')
+    assert run("dcd", command.replace("student.pt", "a-run/student.pt")) == 0
+    assert result("runs/dcd-transfer-shapes-of-a-run-s0")["method"] == "probe of DCD+KD"
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+BAD = {  # script and arguments -> words of the error
+    "sp --batch-size 1": "--batch-size 1: a relation needs two",
+    "dcd --batch-size 1": "--batch-size 1: a relation needs two",
+    "sp --student googlenet": "googlenet gives no maps",
+    "sp --teacher mnasnet0_5": "mnasnet0_5 gives no maps",
+    "sp --sp-maps all --student vgg8": "--sp-maps all.*resnet8 has 3",
+    "sp --at-weight 1 --student vgg8": "--at-weight.*vgg8 has 4",
+    "sp --sp-weight -1": "--sp-weight",
+    "sp --relation at": "--relation",
+    "sp --sp-weight-batch 0": "--sp-weight-batch",
+    "sp --sp-weight-batch 64 --relation cc": "--sp-weight-batch",
+    "sp --relation intra --teacher resnet18": "--relation intra.*only one",
+    "sp --at-weight 1 --student resnet18 --teacher resnet34": "--at-weight.*only one",
+    "sp --recipe fast": "--recipe",
+    "sp --plot --sp-weight 0": "--plot",
+    "sp --ce-weight 0": "--ce-weight 0",
+    "dcd --ce-weight 0": "--ce-weight 0",
+    "dcd --dcd-weight nan": "--dcd-weight",
+    "dcd --fixed-scale 0": "--fixed-scale",
+    "dcd --embed-dim 0": "--embed-dim",
+    "dcd --terms all": "--terms",
+    "dcd --transfer stl11": "--transfer.*stl10",
+    "dcd --transfer shapes": "--student-ckpt",
+    "dcd --transfer shapes --student-ckpt absent.pt": "absent.pt: no such file",
+    "dcd --transfer shapes --student-ckpt torn.pth": "torn.pth",
+    "dcd --transfer shapes --student-ckpt code.pth": "code.pth",
+    "dcd --transfer shapes --student-ckpt other.pth": "other.pth.*architecture",
+    "dcd --transfer shapes --student-ckpt chance.pth --compare": "--compare",
+    "dcd --transfer shapes --student-ckpt chance.pth --eval chance.pth": "--eval",
+    "dcd --student-ckpt chance.pth": "only for --transfer",
+    "dcd --teacher-ckpt chance.pth": "near chance",
+    "sp --resume": "nothing to resume",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input_ends_in_one_line_and_status_2(cwd, arguments, capsys):
+    make_bad_files()
+    before = set(cwd.rglob("*"))
+    script, *more = shlex.split(arguments)
+    assert run(script, f"{QUICK} --epochs 1", *more) == 2
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and captured.err.splitlines()[-1] == errors[0]
+    assert re.search(BAD[arguments], errors[0]), errors[0]
+    assert "Traceback" not in captured.err + captured.out
+    assert not Path("exploded").exists() and before <= set(cwd.rglob("*"))
+
+
+@pytest.mark.parametrize("script", ["sp", "dcd"])
+def test_a_last_batch_of_one_is_dropped_and_that_is_said(quick, script, capsys):
+    assert run(script, quick.replace("--train-size 48", "--train-size 49")) == 0
+    assert "49 images in batches of 24 leave one over: it is left out" in capsys.readouterr().out
+    assert run(script, quick) == 0
+    assert "leave one over" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["sp", "dcd"])
+def test_a_batch_larger_than_the_data_is_one_batch_and_that_is_said(quick, script, capsys):
+    assert run(script, quick.replace("--batch-size 24", "--batch-size 64")) == 0
+    assert "there are 48 images, one batch an epoch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["sp", "dcd"])
+def test_constant_features_train_on(quick, script):
+    """A teacher that sees nothing: all its maps and embeddings are zero."""
+    net = common.build_model("resnet8", 24)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.startswith("layer3"):
+                parameter.zero_()
+    torch.save(net.state_dict(), "teacher.pth")
+    assert run(script, quick, "--kd-weight", "1") == 0
+    assert all(math.isfinite(v) for v in lines("o")[0].values())
+    json.dumps(result("o"), allow_nan=False)
