@@ -15,10 +15,11 @@ from PIL import Image
 
 import common
 import dcd
+import kd2m
 import nd
 import sp
 
-SCRIPTS = {"nd": nd, "sp": sp, "dcd": dcd}
+SCRIPTS = {"nd": nd, "sp": sp, "dcd": dcd, "kd2m": kd2m}
 README = (ROOT / "README.md").read_text()
 pytestmark = pytest.mark.usefixtures("small_test_split")
 
@@ -42,7 +43,7 @@ def test_commands_run(cwd, script, command, capsys, any_teacher_passes, monkeypa
     """As printed, then shortened: one epoch of few images, trees of random pixels."""
     rng = np.random.default_rng(0)
     splits = {}
-    for name in ("cifar10", "stl10"):  # no files of these: what torchvision would read
+    for name in ("cifar10", "stl10", "svhn"):  # no files of these: what torchvision would read
         images = torch.from_numpy(rng.integers(0, 256, (60, 32, 32, 3), np.uint8))
         splits[name] = common.Split(images, torch.arange(60) % 10)
     build = common.build_model  # nothing is downloaded

@@ -5,6 +5,8 @@ import re
 import statistics
 from pathlib import Path
 
+import pytest
+
 import common
 
 ROOT = Path(common.__file__).parent
@@ -22,27 +24,39 @@ def test_readme_tables_are_those_of_the_results():
         assert common.table(load(pattern)) == printed, f"python common.py {pattern}"
 
 
-def test_docstring_numbers_are_those_of_the_results():
+# Runs that are compared with each other, and the methods that must be among them.
+COMPARED = {
+    "cifar100-resnet56-resnet8": {"CE", "KD", "KD++"},
+    "relations-resnet56-resnet8": {"CE", "KD", "SP", "SP+KD", "DCD", "DCD+KD"},
+}
+MAIN_TABLE = {  # script -> the runs whose numbers its docstring prints
+    "nd": "cifar100-resnet56-resnet8",
+    "sp": "relations-resnet56-resnet8",
+    "dcd": "relations-resnet56-resnet8",
+}
+
+
+@pytest.mark.parametrize("script", MAIN_TABLE)
+def test_docstring_numbers_are_those_of_the_results(script):
     """`CE 12.34 ± 0.56`, `KD ...` in a script's docstring against the main table's runs."""
-    for script in ("nd",):
-        doc = __import__(script).__doc__
-        rows = re.findall(r"^ +(\S+) +(\d+\.\d\d) ± (\d\.\d\d)$", doc, re.M)
-        assert len(rows) >= 3
-        table = common.table(load("results/cifar100-*.json"))
-        for method, mean, spread in rows:
-            assert f"| {method} | 3 | {mean} ± {spread} |" in table, method
+    doc = __import__(script).__doc__
+    rows = re.findall(r"^ +(\S+) +(\d+\.\d\d) ± (\d\.\d\d)$", doc, re.M)
+    assert len(rows) >= 3
+    table = common.table(load(f"results/{MAIN_TABLE[script]}-*.json"))
+    for method, mean, spread in rows:
+        assert f"| {method} | 3 | {mean} ± {spread} |" in table, method
 
 
-def test_results_are_of_the_same_recipe_seeds_and_data():
-    results = load("results/cifar100-*.json")
-    methods = {}
+@pytest.mark.parametrize("family", COMPARED)
+def test_compared_results_are_of_the_same_recipe_seeds_and_data(family):
+    results, methods = load(f"results/{family}-*.json"), {}
     for r in results:
         methods.setdefault(r["method"], []).append(r["seed"])
         for key in ("train_images", "epochs", "teacher_hash", "data_hash", "student"):
             assert r[key] == results[0][key]
         for key in ("lr", "batch_size", "weight_decay", "momentum", "precision"):
             assert r["args"][key] == results[0]["args"][key]
-    assert {"CE", "KD", "KD++"} <= methods.keys()
+    assert COMPARED[family] <= methods.keys()
     assert all(sorted(seeds) == [0, 1, 2] for seeds in methods.values())
 
 
