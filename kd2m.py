@@ -103,7 +103,7 @@ def kd_loss(
     """Hinton's distillation: T^2 KL(softmax(z_t/T) || softmax(z_s/T)), mean over the batch.
 
     [B,K] logits, finite. T^2 undoes the 1/T^2 that the temperature puts on the gradient, so that
-    one weight serves every T. Usual weight 1 (1 to 4 in KD++). Source: arXiv 1503.02531.
+    one weight serves about every T. Usual weight 1 (up to 4). Source: arXiv 1503.02531.
     """
     log_s = F.log_softmax(_full(student_logits) / temperature, 1)  # [B,K]
     log_t = F.log_softmax(_full(teacher_logits.detach()) / temperature, 1)
@@ -693,7 +693,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--epochs", type=positive_int, metavar="N", help="drops scale along (240; paper: 15)")
     add("--teacher-epochs", type=positive_int, metavar="N", help="if it must be trained (--epochs)")
     add("--batch-size", type=positive_int, metavar="N", help="(64; paper: 128)")
-    add("--teacher-lr", type=positive, metavar="X", help="likewise (by its own name, as --lr)")
+    add("--teacher-lr", type=positive, metavar="X", help="of a teacher trained here (as --lr)")
     add("--lr", type=positive, metavar="X", help="(0.05; MobileNet, ShuffleNet 0.01; paper: 0.01)")
     add("--momentum", type=below_one, default=0.9, metavar="X", help="(0.9)")
     add("--nesterov", action=YesNo, default=False, help="Nesterov's form of it (no)")

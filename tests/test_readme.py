@@ -106,7 +106,8 @@ def test_help_is_the_docstring(script, capsys):
 
 
 def test_importing_does_nothing():
-    code = f"import {', '.join(SCRIPTS)}; assert all(callable(m.kd_loss) for m in ({', '.join(SCRIPTS)}))"
+    names = ", ".join(SCRIPTS)
+    code = f"import {names}; assert all(callable(m.kd_loss) for m in ({names}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == done.stderr == ""
 
