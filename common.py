@@ -60,8 +60,19 @@ class Stopped(BaseException):
     """A signal asked the program to end."""
 
 
+class _Signals:
+    """A signal stops the program at once; between Run.steps and Run.end_epoch, after the next save.
+
+    A second signal does not wait.
+    """
+
+    wait, pending = False, None
+
+
 def _on_signal(number, _frame):
-    raise Stopped(number)
+    if not _Signals.wait or _Signals.pending:
+        raise Stopped(number)
+    _Signals.pending = number
 
 
 def run_program(program, argv: list[str] | None = None) -> int:
@@ -70,6 +81,7 @@ def run_program(program, argv: list[str] | None = None) -> int:
     0: done. 2: bad input, one `error:` line on stderr. 128 + n: ended by signal n; what was saved
     stays whole, because files are only ever replaced by complete ones.
     """
+    _Signals.wait, _Signals.pending = False, None
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
             signal.signal(number, _on_signal)
@@ -737,8 +749,16 @@ class Data:
             print(f"note: --batch-size {batch_size}: there are {count} images, one batch an epoch")
         return full + (rest > 1)
 
-    def batches(self, split: str, batch_size: int, seed: int | None = None, augment: bool = False):
-        """One pass. With a seed the order is shuffled; the same seed gives the same batches.
+    def batches(
+        self,
+        split: str,
+        batch_size: int,
+        seed: int | None = None,
+        augment: bool = False,
+        first: int = 0,
+    ):
+        """One pass, or the rest of one from batch `first` on. With a seed the order is shuffled;
+        the same seed gives the same batches.
 
         augment: zero padding by an eighth and a random crop, and a flip with probability 1/2, each
         image on its own. Everything random is drawn on the CPU at the start of the pass, so CPU
@@ -753,7 +773,7 @@ class Data:
         flip = (torch.rand(count, 1, generator=rng) < 0.5) & self.may_flip
         order, shift, flip = (t.to(self.device) for t in (order, shift, flip))
         grid = torch.arange(size, device=self.device)
-        for start in range(0, count, batch_size):
+        for start in range(first * batch_size, count, batch_size):
             part = slice(start, start + batch_size)
             x, y = images[order[part]], labels[order[part]]  # [B,S,S,3], [B]
             if seed is not None and len(y) == 1:
@@ -1069,7 +1089,7 @@ def kept(path: Path, made_by: dict, compute):
 
 # Arguments that may differ between a run and its resumption: they do not change what is computed.
 FREE = {"resume", "out", "device", "workers", "compile", "compare", "seeds", "eval", "data_dir"}
-FREE |= {"script", "method", "plot"}
+FREE |= {"script", "method", "plot", "save_minutes", "tensorboard"}
 FREE |= {"teacher_ckpt", "student_ckpt"}  # weights are compared by their hash
 
 
@@ -1084,16 +1104,19 @@ FILES = ("last.pt", "metrics.jsonl", "result.json", "student.pt")
 class Run:
     """The folder of one run: `last.pt` to resume, `metrics.jsonl`, `result.json`, `student.pt`.
 
+    `last.pt` is saved after every epoch, every --save-minutes and when a signal asks for a stop;
+    `previous.pt` is the one before, should the disk damage the last.
     `args.plot`, where a script has it: names of the pictures that belong to the run too.
     """
 
     def __init__(self, args):
         self.args, self.dir, self.history = args, Path(args.out), []
         self.last, self.saved, self.done = self.dir / "last.pt", None, None
+        self.previous, self.step = self.dir / "previous.pt", 0  # steps done in this epoch
         self.on_gpu = pick_device(args.device).type == "cuda"
         lock = self.dir / ".lock"  # also the sign that a run was started here
-        if args.resume and self.last.exists():
-            self.saved = _read_last(self.last)
+        if args.resume and (self.last.exists() or self.previous.exists()):
+            self.saved = self._read()
             saved, wanted = self.saved["args"], lasting(args)
             changed = [k for k in wanted if saved.get(k) != wanted[k]]
             if changed:
@@ -1105,6 +1128,7 @@ class Run:
                     self.done = json.loads((self.dir / "result.json").read_text())
         elif args.resume and not lock.exists():
             raise UserError(f"--resume: nothing to resume in {self.dir} (no last.pt)")
+        self.board = _tensorboard(self.dir) if getattr(args, "tensorboard", None) else None
         self.dir.mkdir(parents=True, exist_ok=True)
         self.lock = open(lock, "w")  # held until the process ends
         try:
@@ -1125,6 +1149,7 @@ class Run:
             torch.cuda.reset_peak_memory_stats()
         if self.saved is None:
             old = [self.dir / name for name in FILES if (self.dir / name).exists()]
+            self.previous.unlink(missing_ok=True)
             if old := [*old, *self.dir.glob("*.png")]:
                 number = 1
                 while (aside := self.dir / f"old{number}").exists():
@@ -1133,7 +1158,7 @@ class Run:
                 for path in old:
                     path.rename(aside / path.name)
                 print(f"note: the run that was in {self.dir} is kept in {aside}", file=sys.stderr)
-            self._save(0, objects)
+            self._save(objects)
             return 0
         for name, value in objects.items():
             saved = self.saved["state"].get(name)
@@ -1152,15 +1177,39 @@ class Run:
         random.setstate(self.saved["python_rng"])
         if self.saved["cuda_rng"] is not None and self.on_gpu:
             torch.cuda.set_rng_state(self.saved["cuda_rng"])
-        self.history = self.saved["history"]
+        self.history, self.step = self.saved["history"], self.saved["step"]
+        self.last_save = time.monotonic()
         return self.saved["epoch"]
 
-    def _save(self, epoch, objects):
+    def _read(self):
+        try:
+            return _read_last(self.last)
+        except UserError as error:
+            if not self.previous.exists():
+                raise
+            saved = _read_last(self.previous)
+            print(f"note: {error}; going on from {self.previous}", file=sys.stderr)
+            return saved
+
+    def _save(self, objects, step=0, meter=None):
+        for name, value in objects.items():
+            tensors = value.state_dict().values() if isinstance(value, nn.Module) else ()
+            if not all(bool(torch.isfinite(t).all()) for t in tensors):
+                raise UserError(
+                    f"weights of the {name} became infinite or nan in epoch"
+                    f" {len(self.history) + (meter is not None)}: lower --lr or --teacher-lr;"
+                    f" {self.last} holds the state before"
+                )
         state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in objects.items()}
+        with contextlib.suppress(OSError):  # no file yet, or a disk without links
+            self.previous.unlink(missing_ok=True)
+            os.link(self.last, self.previous)
         save_whole(
             self.last,
             {
-                "epoch": epoch,
+                "epoch": len(self.history),
+                "step": step,
+                "meter": meter and meter.state(),
                 "state": state,
                 "args": lasting(self.args),
                 "history": self.history,
@@ -1169,19 +1218,43 @@ class Run:
                 "cuda_rng": torch.cuda.get_rng_state() if self.on_gpu else None,
             },
         )
+        self.last_save = time.monotonic()
+
+    def steps(self, batches, steps: int, meter, objects: dict):
+        """Number and batch of each step of an epoch, of which `self.step` are already done.
+
+        After a step, if --save-minutes have passed or a signal came, everything is saved (the
+        objects, the meter); after a signal the program then stops.
+        """
+        if self.step:
+            meter.restore(self.saved["meter"], pick_device(self.args.device))
+        minutes = getattr(self.args, "save_minutes", None) or math.inf
+        _Signals.wait = True
+        for step, batch in enumerate(batches, self.step):
+            yield step, batch
+            late = time.monotonic() - self.last_save > 60 * minutes
+            if step + 1 < steps and (late or _Signals.pending):  # after the last: end_epoch saves
+                meter.check()
+                self._save(objects, step + 1, meter)
+                self._stop()
+        self.step = 0
+
+    def _stop(self):
+        if _Signals.pending:
+            raise Stopped(_Signals.pending)
 
     def end_epoch(self, metrics: dict, **objects) -> None:
         """Keep the epoch: its metrics line and everything needed to go on from here."""
-        for name, value in objects.items():
-            tensors = value.state_dict().values() if isinstance(value, nn.Module) else ()
-            if not all(bool(torch.isfinite(t).all()) for t in tensors):
-                raise UserError(
-                    f"weights of the {name} became infinite or nan in epoch {metrics['epoch']}:"
-                    f" lower --lr or --teacher-lr; {self.last} holds the end of the epoch before"
-                )
         self.history.append(metrics)
-        self._save(metrics["epoch"], objects)
+        self._save(objects)
         self._write_metrics()
+        if self.board:
+            for name, value in metrics.items():
+                if isinstance(value, (int, float)):
+                    self.board.add_scalar(name, value, metrics["epoch"])
+            self.board.flush()
+        self._stop()
+        _Signals.wait = False
 
     def _write_metrics(self):
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
@@ -1220,6 +1293,7 @@ class Run:
             "device": device_name(args.device),
         }
         self._write_metrics()  # again: a stop may have come between last.pt and it
+        self.previous.unlink(missing_ok=True)
         save_whole(self.dir / "student.pt", {k: v.cpu() for k, v in student.state_dict().items()})
         write_whole(self.dir / "result.json", (json.dumps(result, indent=1) + "\n").encode())
         return result
@@ -1227,10 +1301,18 @@ class Run:
 
 def _read_last(path):
     saved = read_checkpoint(path)
-    parts = {"epoch", "state", "args", "history", "rng", "python_rng", "cuda_rng"}
+    parts = {"epoch", "step", "meter", "state", "args", "history", "rng", "python_rng", "cuda_rng"}
     if not isinstance(saved, dict) or not parts <= saved.keys():
         raise UserError(f"{path}: not a run's last.pt; move its folder away to start again")
     return saved
+
+
+def _tensorboard(folder):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs tensorboard: pip install tensorboard") from None
+    return SummaryWriter(folder / "tensorboard")
 
 
 def flag(name: str) -> str:
@@ -1287,6 +1369,18 @@ class Meter:
             if self.live:
                 width = shutil.get_terminal_size().columns - 1  # \r cannot go back over a wrap
                 print(f"\r{self._line(now - self.start)[:width]}\x1b[K", end="", flush=True)
+
+    def state(self) -> dict:
+        """All of it, for a checkpoint within an epoch."""
+        seconds = time.perf_counter() - self.start
+        kept = ("images", "sums", "bad", "names")
+        return {"seconds": seconds} | {name: getattr(self, name) for name in kept}
+
+    def restore(self, state: dict, device) -> None:
+        for name in ("images", "sums", "bad", "names"):
+            value = state[name]
+            setattr(self, name, value.to(device) if torch.is_tensor(value) else value)
+        self.start -= state["seconds"]
 
     def check(self):
         if self.bad is not None and bool(self.bad.any()):
@@ -1592,6 +1686,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=positive_int, metavar="N", help="threads that decode a tree (all cores)")
     add("--out", metavar="DIR", help="folder of the run (runs/<script>-<teacher>-<student>-...)")
     add("--resume", action="store_true", help="go on where a stopped run left off")
+    add("--save-minutes", type=positive, default=15.0, metavar="X", help="save within an epoch, as"
+        " well as at its end, when so many have passed (15)")  # fmt: skip
+    add(
+        "--deterministic",
+        action="store_true",
+        help="the same bits in every run on a GPU too; slower",
+    )
+    add("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
     add("--eval", metavar="FILE", help="only test this student checkpoint")
 
 
@@ -1602,7 +1704,10 @@ def launch(main, args, baselines: dict, needed: tuple = ()) -> None:
     `needed` are run without --compare too. A baseline's folder is `<out>/<name>`, a seed's
     `<out>/s<seed>` where --out is given.
     """
-    if pick_device(args.device).type == "cuda":
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # wanted by cuBLAS for that
+        torch.use_deterministic_algorithms(True)
+    elif pick_device(args.device).type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes are the same at every step
     if args.resume and args.eval:
         raise UserError("--resume and --eval: choose one")

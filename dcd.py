@@ -349,8 +349,8 @@ def main(args) -> dict:
         helpers.train()
         meter = Meter(epoch, args.epochs, len(data.train.labels))
         shuffle = args.seed * 100_003 + epoch  # another for every seed and epoch
-        batches = data.batches("train", args.batch_size, shuffle, augment=True)
-        for step, (images, labels) in enumerate(batches):
+        batches = data.batches("train", args.batch_size, shuffle, augment=True, first=run.step)
+        for step, (images, labels) in run.steps(batches, steps, meter, state):
             # [end]
             # Schedule, written for 240 epochs and played faster or slower for another number; `now`
             # is which of them. lr / 10 at 150, 180 and 210.
@@ -484,8 +484,8 @@ def transfer(args) -> dict:
         meter = Meter(epoch, args.epochs, len(data.train.labels))
         networks.train(args.transfer_bn == "batch")
         shuffle = args.seed * 100_003 + epoch
-        batches = data.batches("train", args.batch_size, shuffle, augment=True)
-        for step, (images, labels) in enumerate(batches):
+        batches = data.batches("train", args.batch_size, shuffle, augment=True, first=run.step)
+        for step, (images, labels) in run.steps(batches, steps, meter, state):
             now = 120 * (epoch * steps + step) // (args.epochs * steps)
             divisor = 10 ** sum(now >= drop for drop in (30, 60, 90))
             for group, lr in zip(optimizer.param_groups, (args.lr, args.teacher_lr)):

@@ -465,8 +465,8 @@ def main(args) -> dict:
         helpers.train()
         meter = Meter(epoch, args.epochs, len(data.train.labels))
         shuffle = args.seed * 100_003 + epoch  # another for every seed and epoch
-        batches = data.batches("train", args.batch_size, shuffle, augment=True)
-        for step, (images, labels) in enumerate(batches):
+        batches = data.batches("train", args.batch_size, shuffle, augment=True, first=run.step)
+        for step, (images, labels) in run.steps(batches, steps, meter, state):
             # [end]
             # Schedule, written for 240 epochs and played faster or slower for another number; `now`
             # is which of them. lr / 10 at 150, 180 and 210; base loss growing over the first 20.

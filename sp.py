@@ -395,8 +395,8 @@ def main(args) -> dict:
         helpers.train()
         meter = Meter(epoch, args.epochs, len(data.train.labels))
         shuffle = args.seed * 100_003 + epoch  # another for every seed and epoch
-        batches = data.batches("train", args.batch_size, shuffle, augment=True)
-        for step, (images, labels) in enumerate(batches):
+        batches = data.batches("train", args.batch_size, shuffle, augment=True, first=run.step)
+        for step, (images, labels) in run.steps(batches, steps, meter, state):
             # [end]
             # Schedule, written for the recipe's number of epochs and played faster or slower for
             # another; `now` is which of them. Three drops, of the recipe's factor each.

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from helpers import (
     ROOT,
     TIMES,
     WIDE,
+    lines,
     make_bad_files,
     result,
     same,
@@ -336,6 +338,133 @@ def test_resume_equals_uninterrupted(cwd, monkeypatch, step, any_teacher_passes)
     assert not list(Path("parts").glob("*.tmp"))
     assert run(command, "parts", "--resume") == 0  # nothing left to do
     assert same(weights("whole/student.pt"), weights("parts/student.pt"))
+
+
+def test_a_stop_within_an_epoch_saves_the_step(cwd, monkeypatch, capsys, any_teacher_passes):
+    teacher_file()
+    command = f"{WIDE} --epochs 2 --batch-size 8 --teacher-ckpt teacher.pth --out"
+    assert run(command, "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_in(patch, 6 + 4)
+        assert run(command, "parts") == 143
+    saved = torch.load("parts/last.pt", weights_only=True)
+    assert (saved["epoch"], saved["step"]) == (1, 4)
+    seen = []
+    with monkeypatch.context() as patch:
+        add = common.Meter.add
+        patch.setattr(common.Meter, "add", lambda *a: seen.append(1) or add(*a))
+        assert run(command, "parts", "--resume") == 0
+    assert len(seen) == 2  # the two steps that were left
+    assert same(weights("whole/student.pt"), weights("parts/student.pt"))
+    assert timeless_lines("whole") == timeless_lines("parts")
+
+
+def timeless_lines(out):
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines(out)]
+
+
+def test_a_second_signal_does_not_wait(cwd, monkeypatch, any_teacher_passes):
+    teacher_file()
+    add = common.Meter.add
+
+    def twice(self, *a):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on after the second signal")
+        add(self, *a)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Meter, "add", twice)
+        assert run(f"{QUICK} --teacher-ckpt teacher.pth --epochs 1 --out o") == 143
+    assert torch.load("o/last.pt", weights_only=True)["step"] == 0
+
+
+@pytest.mark.parametrize("damage", ["torn", "bit", "gone"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    cwd, monkeypatch, capsys, damage, any_teacher_passes
+):
+    teacher_file()
+    command = f"{WIDE} --epochs 3 --teacher-ckpt teacher.pth --out"
+    assert run(command, "whole") == 0 and not Path("whole/previous.pt").exists()
+    with monkeypatch.context() as patch:
+        stop_in(patch, 5)  # in the third epoch
+        assert run(command, "parts") == 143
+    last = Path("parts/last.pt")
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "gone":
+        last.unlink()
+    else:
+        last.write_bytes(content if damage == "bit" else content[:5000])
+    assert run(command, "parts", "--resume") == 0
+    assert "going on from parts/previous.pt" in capsys.readouterr().err
+    assert same(weights("whole/student.pt"), weights("parts/student.pt"))
+    assert timeless_lines("whole") == timeless_lines("parts")
+
+
+def test_save_minutes_and_a_kill_within_an_epoch(cwd):
+    """In a real process, killed without warning after a save in the middle of an epoch."""
+    teacher_file()
+    script = "import common, nd, os, sys; common.near_chance = lambda *a: False\n"
+    script += "save = common.Run._save\n"
+    script += "def killed(self, objects, step=0, meter=None):\n"
+    script += "    save(self, objects, step, meter)\n"
+    script += "    if (len(self.history), step) == (1, 3): os.kill(os.getpid(), 9)\n"
+    script += "if sys.argv[-1] != '--resume': common.Run._save = killed\n"
+    script += "sys.exit(common.run_program(nd.program))"
+    command = [sys.executable, "-c", script, *shlex.split(WIDE), "--teacher-ckpt", "teacher.pth"]
+    command += "--epochs 2 --batch-size 8 --save-minutes 1e-9 --out o".split()
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    killed = subprocess.run(command, env=environment, capture_output=True)
+    assert killed.returncode == -9
+    assert torch.load("o/last.pt", weights_only=True)["step"] == 3
+    subprocess.run([*command, "--resume"], env=environment, check=True, capture_output=True)
+    whole = [word if word != "o" else "whole" for word in command]
+    script = script.replace("if sys.argv[-1] != '--resume': common.Run._save = killed", "")
+    whole[2] = script
+    subprocess.run(whole, env=environment, check=True, capture_output=True)
+    assert same(weights("whole/student.pt"), weights("o/student.pt"))
+
+
+def test_tensorboard_gets_every_epoch(cwd, monkeypatch, capsys, any_teacher_passes):
+    teacher_file()
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            written.append(str(folder))
+
+        def add_scalar(self, name, value, epoch):
+            written.append((name, epoch, value))
+
+        def flush(self):
+            pass
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    command = f"{QUICK} --teacher-ckpt teacher.pth --epochs 2 --out o --tensorboard"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", module)
+        assert run(command) == 0
+    assert written[0] == "o/tensorboard"
+    assert {(name, epoch) for name, epoch, _ in written[1:]} >= {
+        (name, epoch) for name in ("ce", "kd", "nd", "test_top1", "lr") for epoch in (1, 2)
+    }
+    assert ("test_top1", 2, result("o")["student_top1"]) in written
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert run(command.replace("--out o", "--out p")) == 2
+    assert "pip install tensorboard" in capsys.readouterr().err and not Path("p").exists()
+
+
+def test_deterministic_switches_torch(cwd, any_teacher_passes):
+    teacher_file()
+    try:
+        assert run(f"{QUICK} --teacher-ckpt teacher.pth --epochs 1 --out o --deterministic") == 0
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
 def test_a_stop_while_the_teacher_trains(cwd, monkeypatch):
