@@ -1673,7 +1673,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the student's start, its batches and dropout (0)",
     )
     add("--seeds", type=seed, nargs="+", metavar="N", help="run each, print mean and spread")
-    add("--compare", action="store_true", help="train the CE-only and plain KD students too")
+    add("--compare", action="store_true", help="train the baselines too: CE alone, KD")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: faster where the"
         " processor has it; losses stay in fp32 (fp32)")  # fmt: skip
     add(
@@ -1749,7 +1749,8 @@ def print_top1(args) -> None:
 def table(results: list[dict]) -> str:
     """A Markdown table of results, a row a method: n, last-epoch top-1, mean and spread.
 
-    The spread is the standard deviation over seeds (n - 1 in the denominator).
+    The spread is the standard deviation over seeds (n - 1 in the denominator). The last column
+    names methods of the same pair whose mean lies within the larger of the two spreads.
     """
     groups: dict = {}
     for r in results:
@@ -1759,20 +1760,34 @@ def table(results: list[dict]) -> str:
         group = groups.setdefault((*key, json.dumps(settings, sort_keys=True)), {})
         # A run given twice counts once.
         group[r.get("seed", len(group))] = r["student_top1"], r["teacher_top1"]
-    rows = ["| data, images, epochs | teacher | student | method | n | top-1 % | lowest, highest |"]
-    rows.append("|---|---|---|---|---|---|---|")
+    rows = []
     for key, by_seed in groups.items():
-        dataset, images, epochs, teacher, student, method = key[:6]
         values, teachers = zip(*by_seed.values())
         mean, n = sum(values) / len(values), len(values)
         spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else None
-        figure = f"{mean:.2f}" + (f" ± {spread:.2f}" if n > 1 else "")
-        source = f"{teacher} ({sum(teachers) / n:.2f})" if teacher else "none"
-        rows.append(
-            f"| {dataset}, {images:,}, {epochs} | {source} | {student} | {method} | {n} |"
-            f" {figure} | {min(values):.2f}, {max(values):.2f} |"
+        rows.append((key, values, teachers, mean, spread))
+    lines = [
+        "| data, images, epochs | teacher | student | method | n | top-1 % | lowest, highest |"
+    ]
+    lines[0] += " not apart from |"
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for key, values, teachers, mean, spread in rows:
+        dataset, images, epochs, teacher, student, method = key[:6]
+        figure, near = f"{mean:.2f}", ["one run"]
+        if spread is not None:
+            figure += f" ± {spread:.2f}"
+            near = [
+                other[5]
+                for other, _, _, its_mean, its_spread in rows
+                if other[:5] == key[:5] and other != key and its_spread is not None
+                if abs(mean - its_mean) <= max(spread, its_spread)
+            ]
+        source = f"{teacher} ({sum(teachers) / len(teachers):.2f})" if teacher else "none"
+        lines.append(
+            f"| {dataset}, {images:,}, {epochs} | {source} | {student} | {method} | {len(values)} |"
+            f" {figure} | {min(values):.2f}, {max(values):.2f} | {', '.join(near) or '-'} |"
         )
-    return "\n".join(rows)
+    return "\n".join(lines)
 
 
 def print_table(paths: list[str] | None) -> None:

@@ -4,44 +4,52 @@ The idea in one sentence: add to the cross-entropy a distance between the studen
 teacher's features, seen as two clouds of points rather than as pairs, and choose the distance.
 
     Montesuma: KD^2M: A unifying framework for feature knowledge distillation, arXiv 2504.01757
-    (Geometric Science of Information, GSI 2025).
+    (GSI 2025). Formulas from its author's slides and published code; its body was not at hand.
 
 For a batch with student_emb S = {s_i} and teacher_emb T = {t_i} (the inputs of the classifiers):
 
-    loss = ce_weight * ce + metric_weight * D(S, T)
+    loss = ce_weight * ce + metric_weight * D(S, T) + kd_weight * kd
 
-D is squared, summed over the units and estimated on the batch, the teacher frozen:
+D is estimated on the batch, the teacher frozen. Squared distances, summed over the units:
 
-    mse                              mean_i |s_i - t_i|^2, paired: no distribution, the control
-    w2_empirical                     min over pairings p of mean_i |s_i - t_p(i)|^2
-    cw2_empirical, cw2_gaussian      the same within each class present, then the mean of these
-    jw2_empirical                    pairing by |s_i - t_j|^2 + beta |logits_i - logits_j|^2
-    w2_gaussian, kl_gaussian         W2 and KL of two Gaussians with the clouds' moments
-    mmd_linear, mmd_rbf              distance between the mean embeddings in a kernel's space
-    sinkhorn, sliced_w2, hellinger   additions of ours, and gromov_w2 for different widths
+    mse              mean_i |s_i - t_i|^2, paired: no distribution, the control
+    w2_empirical     min over pairings p of mean_i |s_i - t_p(i)|^2
+    jw2_empirical    min over p of mean_i |s_i - t_p(i)|^2 + beta |logits_i - teacher_logits_p(i)|^2
+    w2_gaussian      W2 of the Gaussians with the clouds' moments, diagonal or full covariance
+    cw2_...          w2_empirical or w2_gaussian within each class present, mean over the classes
+    mmd_linear       |mean S - mean T|^2
+    sinkhorn         near w2_empirical, by entropic plans; an addition of ours
 
-They are nearer to mse than their names: |mu_S - mu_T|^2 <= w2_gaussian diag <= full <= w2_empirical
-<= cw2_empirical (freq) <= mse, and where no other pairing is better than the images' own,
-w2_empirical is mse in value and gradient. So read every gain against mse.
+In other units: kl_gaussian (nats; diagonal), mmd_rbf (0 to 2); ours: hellinger (nats), sliced_w2 (a
+mean over lines), gromov_w2 (4th power; for different widths).
 
-    python kd2m.py --metric w2_empirical --compare --seeds 0 1 2    beside KD and CE, 3 seeds
-    python kd2m.py --metric w2_gaussian --covariance full
-    python kd2m.py --metric mse --dataset shapes --teacher resnet14 --student resnet8 --epochs 4
+They are nearer to mse than their names suggest: |mean S - mean T|^2 <= w2_gaussian diag <= full <=
+w2_empirical <= cw2_empirical (freq) <= mse, and where each image's own pair is the best pairing,
+w2_empirical is mse in value and gradient. So read every gain against mse; --compare trains it.
 
-The paper bounds the risks R of ONE head h on the two laws of features: |R_S(h) - R_T(h)| <= W2 <=
-|g_S - g_T|_L2, g the encoders, with distances as in a kernel space in which the loss has norm <= 1
-and one labelling for both laws. That is no bound for the student's own head and says nothing of
-training or minibatches; its right side is the root of mse, so it speaks for mse as much as for W2.
+    python kd2m.py --metric w2_empirical --compare --seeds 0 1 2    and CE, KD, mse: 12 runs
+    python kd2m.py --metric w2_gaussian --covariance full --out runs/w2-full
+    python kd2m.py --bench-metrics                                  what each costs and is
+
+What the paper proves: for ONE head h, if one labelling holds for both laws and the loss has norm at
+most 1 in the space of a kernel with feature map phi, the risks differ by |R_S(h) - R_T(h)| <= W2,
+W2 in |phi(z) - phi(z')|; if phi is 1-Lipschitz, W2 <= (E |g_S(x) - g_T(x)|^2)^1/2, the root of the
+expected mse. It is no bound for the student's own head, and says nothing of training or batches.
 
 MEASURED
 
 Differs from the paper and its published code:
- 1. Optimal plans are permutations, found exactly by scipy; no library of optimal transport.
- 2. w2_gaussian, cw2_gaussian: diagonal as in the code, or the slides' full covariance (cov="full").
- 3. CW2 is the mean over the classes present, as in the slides; the code sums ("sum").
- 4. JW2 compares student with teacher, both costs in their own units; the code compares the
+ 1. The default recipe and pair are the field's for CIFAR-100, with weights that make the term as
+    large as the cross-entropy; the code's are 1e-4 at 512 units, and in the slides' sweep a term
+    of a thousandth did best. --recipe paper is the code's set-up (but SVHN is not flipped).
+ 2. There the undistilled student alone keeps its learning rate constant: its gains may be the
+    schedule. Here every baseline has the schedule of the method.
+ 3. Optimal pairings are permutations, found exactly by scipy.
+ 4. CW2 is the mean over the classes present, as in the slides; the code sums ("sum"). W2 has
+    the slides' full covariance too; KL only the code's diagonal: the full one is singular here.
+ 5. JW2 compares student with teacher, both costs in their own units; the code compares the
     student's features with themselves and divides by the largest distance.
- 5. KL floors the variances; the code's is infinite for a unit that is dead in a batch.
+ 6. KL floors the variances; the code's is infinite for a unit dead in the teacher's batch.
 """
 
 import argparse
@@ -66,6 +74,7 @@ from common import (  # nothing in there knows about distillation
     build_model,  # network(x, return_features=True) -> logits, (.embedding, .maps, .preact)
     device_name,
     evaluate,
+    flag,  # "--its-name"
     get_teacher,  # loads it, or trains it first by calling main
     launch,  # --seeds and --compare: calls main once per run
     load_data,
@@ -193,7 +202,7 @@ def _class_means(x: torch.Tensor, index: torch.Tensor, size: torch.Tensor) -> to
 def mse(student_emb: torch.Tensor, teacher_emb: torch.Tensor) -> torch.Tensor:
     """Paired squared error, the control: image i's features against image i's. [B,D], [B,D].
 
-    D times F.mse_loss: summed over the units, like all metrics here. Weight 0.03 here.
+    D times F.mse_loss: summed over the units, like all metrics here. Weight 0.03 at 64 units.
     """
     s, t = _pair("mse", student_emb, teacher_emb)  # [B,D]
     # mean_i |s_i - t_i|^2
@@ -201,8 +210,9 @@ def mse(student_emb: torch.Tensor, teacher_emb: torch.Tensor) -> torch.Tensor:
 
 
 def w2_empirical(student_emb: torch.Tensor, teacher_emb: torch.Tensor) -> torch.Tensor:
-    """Squared 2-Wasserstein distance of the two clouds, exact. [B,D], [B,D]. Weight 0.03 here.
+    """Squared 2-Wasserstein distance of the two clouds, exact. [B,D], [B,D].
 
+    Weight 0.03 at 64 units.
     Never above mse, and equal to it in value and gradient where pairing each image with itself is
     the best pairing, as is common in high dimension. Source: arXiv 2504.01757.
     """
@@ -218,7 +228,7 @@ def cw2_empirical(
     labels: torch.Tensor,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """w2_empirical within each class. [B,D], [B,D], true labels [B]. Weight 0.03 here.
+    """w2_empirical within each class. [B,D], [B,D], true labels [B]. Weight 0.03 at 64 units.
 
     reduction: "mean" over the C classes present (the paper's slides), "sum" (its code; C times as
     large), "freq" weights a class by its share of the batch. In a class with one sample it is the
@@ -245,8 +255,8 @@ def jw2_empirical(
     """W2 of the clouds of (features, predictions), exact. [B,D], [B,D], [B,K], [B,K] logits.
 
     One pairing for both parts; features and logits both get gradient. beta 0 is w2_empirical. The
-    squared distance of raw logits is the published code's choice. Usual beta 1, weight 0.003 here.
-    Source: arXiv 2504.01757.
+    squared distance of raw logits is the published code's choice. Usual beta 1; weight 0.003 at 64
+    units. Source: arXiv 2504.01757.
     """
     s, t = _pair("jw2_empirical", student_emb, teacher_emb)  # [B,D]
     p, q = _pair("jw2_empirical", student_logits, teacher_logits, "logits")  # [B,K]
@@ -263,7 +273,7 @@ def w2_gaussian(
 ) -> torch.Tensor:
     """Squared 2-Wasserstein distance of the Gaussians with the clouds' moments. [B,D], [B,D].
 
-    cov "diag" (the published code) or "full" (the paper's slides). Weight 0.05 here.
+    cov "diag" (the published code) or "full" (the paper's slides). Weight 0.05 at 64 units.
     Full: let A, B be the centred features, n rows each, cov_S = A^T A / n and cov_T = B^T B / n.
     The eigenvalues of cov_S cov_T = A^T (A B^T) B / n^2 that are not 0 are the squares of the
     singular values of A B^T / n, so tr (cov_S^1/2 cov_T cov_S^1/2)^1/2 = |A B^T|_* / n, sample by
@@ -293,7 +303,7 @@ def cw2_gaussian(
     reduction: str = "mean",
     cov: str = "diag",
 ) -> torch.Tensor:
-    """w2_gaussian within each class. [B,D], [B,D], true labels [B]. Weight 0.03 here.
+    """w2_gaussian within each class. [B,D], [B,D], true labels [B]. Weight 0.03 at 64 units.
 
     reduction: as in cw2_empirical. In a class with one sample the variances are 0 and it is the
     paired squared error. Source: arXiv 2504.01757.
@@ -338,7 +348,7 @@ def kl_gaussian(
     (Jeffreys). Diagonal only: with B <= D the full covariances are singular and the KL infinite.
     A unit that hardly varies in the teacher is weighted by 1 / var_T, at most 1 / floor times the
     usual; a variance under the floor gets no gradient. Needs B >= 2. Does not change if both clouds
-    are scaled. Weight 0.1 here. Source: arXiv 2504.01757 ("both": ours).
+    are scaled. Weight 0.1 at 64 units. Source: arXiv 2504.01757 ("both": ours).
     """
     _choose("kl_gaussian", "direction", direction, ("student", "teacher", "both"))
     mean_s, var_s, mean_t, var_t = _floored_moments("kl_gaussian", student_emb, teacher_emb, floor)
@@ -352,7 +362,7 @@ def kl_gaussian(
 def mmd_linear(student_emb: torch.Tensor, teacher_emb: torch.Tensor) -> torch.Tensor:
     """Squared maximum mean discrepancy with k(a, b) = a.b: the means alone. [B,D], [B,D].
 
-    Weight 0.2 here. Source: the published code of arXiv 2504.01757.
+    Weight 0.2 at 64 units. Source: the published code of arXiv 2504.01757.
     """
     s, t = _pair("mmd_linear", student_emb, teacher_emb)  # [B,D]
     # |mu_S - mu_T|^2
@@ -366,7 +376,7 @@ def mmd_rbf(
 
     From 0 to 2, without unit; biased (V-statistic). bandwidth: sigma; None takes, as the published
     code, the mean of all 3 B^2 distances in and between the clouds, each sample's own 0 included,
-    without gradient. Weight 20 here. Source: the published code of arXiv 2504.01757.
+    without gradient. Weight 20 at 64 units. Source: the published code of arXiv 2504.01757.
     """
     s, t = _pair("mmd_rbf", student_emb, teacher_emb)  # [B,D]
     ss, tt, st = _square_distances(s, s), _square_distances(t, t), _square_distances(s, t)  # [B,B]
@@ -384,12 +394,13 @@ def sinkhorn(
     tolerance: float = 1e-2,
     iterations: int = 100,
 ) -> torch.Tensor:
-    """Debiased Sinkhorn divergence, an addition of ours. [B,D], [B,D]. Weight 0.05 here.
+    """Debiased Sinkhorn divergence, an addition of ours. [B,D], [B,D]. Weight 0.05 at 64 units.
 
     reg: entropy's price eps as a share of the mean cost between the clouds, without gradient; so
-    scaling both clouds scales the result alone. Small: near w2_empirical; large: mmd_linear.
-    Iterates in the log domain until every row and column of the three plans has its mass within
-    `tolerance`, or `iterations` are over; a small reg needs thousands. Short of the fixed point
+    scaling both clouds by c multiplies the result by c^2 and changes no iteration. Small: near
+    w2_empirical; large: mmd_linear. Iterates in the log domain until every row and column of the
+    three plans has its mass within `tolerance`, or `iterations` are over; a small reg needs
+    thousands. Short of the fixed point
     each OT_eps is a lower bound, wrong in second order of the mass's error, the gradient in first.
     """
     s, t = _pair("sinkhorn", student_emb, teacher_emb)  # [B,D]
@@ -424,7 +435,7 @@ def sliced_w2(
 
     [B,D], [B,D]. At most w2_empirical / D on average over the lines. seed: None draws new lines
     at each call from torch's generator of the CPU; a number gives the same lines at each call.
-    Weight 4 here.
+    Weight 4 at 64 units.
     """
     s, t = _pair("sliced_w2", student_emb, teacher_emb)  # [B,D]
     generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -444,7 +455,7 @@ def hellinger(
     [B,D], [B,D]; of the diagonal Gaussians with the clouds' moments, in nats. H^2 itself is at most
     1 and flat for distant Gaussians; this grows on. Symmetric and milder than kl_gaussian: a unit
     dead in one cloud is measured by the other's variance. floor, scale, B >= 2: as in kl_gaussian.
-    Weight 0.2 here.
+    Weight 0.2 at 64 units.
     """
     mean_s, var_s, mean_t, var_t = _floored_moments("hellinger", student_emb, teacher_emb, floor)
     var = (var_s + var_t) / 2  # [D]
@@ -468,7 +479,7 @@ def gromov_w2(
     never up; `steps` at most, usually under 5. start: "profile" pairs samples by their sorted
     distances to the others, whatever the order of the rows; "identity" pairs each image with
     itself, much tighter where student and teacher agree, but the result then depends on that
-    pairing. Weight 1e-4 here.
+    pairing. Weight 1e-4 at 64 units.
     """
     _choose("gromov_w2", "start", start, ("profile", "identity"))
     s, t = _pair("gromov_w2", student_emb, teacher_emb, same_width=False)  # [B,D], [B,E]
@@ -532,10 +543,23 @@ RECIPES = {
     # RepDistiller's for CIFAR-100. lr 0.01 for MobileNet and ShuffleNet; / 10 at 150, 180 and 210.
     "benchmark": dict(teacher="resnet56", student="resnet20", epochs=240, batch_size=64, lr=0.05)
     | dict(weight_decay=5e-4, pretrained=False),
-    # The published code's: cosine to a hundredth of the rate, one metric weight for all.
+    # The published code's: cosine towards a hundredth of the rate, weight 1e-4 for its metrics.
     "paper": dict(teacher="resnet34", student="resnet18", epochs=15, batch_size=128, lr=0.01)
-    | dict(weight_decay=0.0, pretrained=True, metric_weight=1e-4),
+    | dict(weight_decay=0.0, pretrained=True, class_reduction="sum"),
 }
+# Options that only some metrics have, and their defaults.
+OPTIONS = {
+    "covariance": (("w2_gaussian", "cw2_gaussian"), "diag"),
+    "kl_direction": (("kl_gaussian",), "student"),
+    "class_reduction": (("cw2_empirical", "cw2_gaussian"), "mean"),
+    "beta": (("jw2_empirical",), 1.0),
+}
+OURS = ("sinkhorn", "sliced_w2", "hellinger", "gromov_w2")
+
+
+def default_weight(metric: str, recipe: str, normalize_by_dim: bool = False) -> float:
+    weight = 1e-4 if recipe == "paper" and metric not in OURS else WEIGHTS[metric]
+    return weight * (64 if normalize_by_dim else 1)
 
 
 def feature_distance(
@@ -556,15 +580,19 @@ def feature_distance(
     try:
         distance = METRICS[name](*inputs, **options)
     except ValueError as error:
-        raise UserError(f"--metric {error}: lower --lr or --metric-weight if it diverged") from None
+        hint = ": lower --lr or --metric-weight" if "nan" in str(error) else ""
+        raise UserError(f"--metric {error}{hint}") from None
     return distance / teacher_emb.shape[1] if args.normalize_by_dim else distance
 
 
 BENCH_HEADING = """\
-At 128 x 64 (batch x width), on drawn clouds of 100 classes; the student's is the teacher's and as
-much noise again: value; whether shuffling the teacher's rows within each class leaves it as it is;
-pairs, the share of images whose best pairing is with their own teacher; the gradient's cosine with
-that of mse. Then ms forward and backward at batch x width, the best of 3, on"""
+On drawn clouds of 100 classes; the student's is the teacher's and as much noise again. At batch 128
+and width 64:
+  value
+  shuffled  does it stay the same if the teacher's rows of one class change places?
+  pairs     share of the images whose best pairing is with their own teacher
+  gradient  its cosine with the gradient of mse, both by the student's embeddings
+Then ms forward and backward at batch x width, the best of 3, on"""
 
 
 def bench_metrics(args) -> None:
@@ -620,8 +648,9 @@ def bench_metrics(args) -> None:
 
 @torch.no_grad()
 def draw_features(args, data, student, projector, teacher, path) -> None:
-    """Test images of ten classes: embeddings of the teacher, of the student before and after, in
-    the plane of the teacher's two largest principal components (in its own if widths differ)."""
+    """Embeddings of ten classes' test images: teacher, student before (eval mode, not projected)
+    and after, in the plane of the teacher's two largest principal components. A cloud of another
+    width stands in a plane of its own."""
     images, labels = data.test_batch(per_class=50, classes=10)
     torch.manual_seed(args.seed)  # the very start of this run
     start = build_model(args.student, data.num_classes, args.pretrained)
@@ -631,12 +660,15 @@ def draw_features(args, data, student, projector, teacher, path) -> None:
     for name, network in {"student before": start, "student after": student}.items():
         seen = [network.eval()(x, return_features=True)[1].embedding for x in images.split(250)]
         clouds[name] = torch.cat(seen) if name == "student before" else projector(torch.cat(seen))
-    figure, axes = pyplot().subplots(1, 3, figsize=(15, 5))
-    centre, plane = None, None
+    one_width = len({x.shape[1] for x in clouds.values()}) == 1
+    options = dict(sharex=one_width, sharey=one_width, figsize=(15, 5))
+    figure, axes = pyplot().subplots(1, 3, **options)
+    planes = {}
     for axis, (name, x) in zip(axes, clouds.items()):
-        if plane is None or plane.shape[1] != x.shape[1]:
+        if x.shape[1] not in planes:  # the teacher's comes first
             centre = x.mean(0)
-            plane = torch.linalg.svd(x - centre, full_matrices=False)[2][:2]  # [2,D]
+            planes[x.shape[1]] = centre, torch.linalg.svd(x - centre, full_matrices=False)[2][:2]
+        centre, plane = planes[x.shape[1]]  # [D], [2,D]
         shadow = ((x - centre) @ plane.T).cpu().numpy()
         for k in labels.unique().tolist():
             mine = shadow[(labels == k).cpu().numpy()]
@@ -647,7 +679,7 @@ def draw_features(args, data, student, projector, teacher, path) -> None:
 
 
 def draw_curves(args, history, path) -> None:
-    """Cross-entropy and distance over the epochs."""
+    """Cross-entropy and distance over the epochs: means over the training batches, unweighted."""
     figure, axis = pyplot().subplots(figsize=(6, 4))
     epochs = [line["epoch"] for line in history]
     axis.plot(epochs, [line["ce"] for line in history], label="cross-entropy")
@@ -673,15 +705,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--metric-weight", type=weight, metavar="X", help="of the metric (printed; paper: 1e-4)")
     add("--kd-weight", type=weight, default=0.0, metavar="X", help="of KD beside it (0; usual: 1)")
     add("--temperature", type=positive, default=4.0, metavar="T", help="of KD (4)")
-    add(
-        "--covariance", choices=("diag", "full"), default="diag", help="of w2_, cw2_gaussian (diag)"
-    )
-    add("--kl-direction", choices=("student", "teacher", "both"), default="student", help="whose"
+    add("--covariance", choices=("diag", "full"), help="of w2_gaussian, cw2_gaussian (diag)")
+    add("--kl-direction", choices=("student", "teacher", "both"), help="whose"
         " Gaussian comes first in kl_gaussian; both: Jeffreys (student)")  # fmt: skip
-    add("--class-reduction", choices=("mean", "sum", "freq"), default="mean", help="over classes,"
-        " of cw2_empirical and cw2_gaussian (mean)")  # fmt: skip
-    add("--beta", type=weight, default=1.0, metavar="X", help="of the logits in jw2_empirical (1)")
-    add("--normalize-by-dim", action="store_true", help="divide the metric by the teacher's width")
+    add("--class-reduction", choices=("mean", "sum", "freq"), help="over classes,"
+        " of cw2_empirical and cw2_gaussian (mean; paper: sum)")  # fmt: skip
+    add("--beta", type=weight, metavar="X", help="of the logits in jw2_empirical (1)")
+    add("--normalize-by-dim", action="store_true", help="divide the metric by the teacher's width;"
+        " the default weight is then 64 times as large")  # fmt: skip
     add("--projector", choices=("none", "linear"), default="none", help="on the student, for"
         " pairs of different width; trained along, thrown away (none)")  # fmt: skip
     add("--bench-metrics", action="store_true", help="only print what each metric costs and is")
@@ -703,23 +734,34 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_run_arguments(parser)
     args = parser.parse_args(argv)
     args.script = "kd2m"
-    for name, value in RECIPES[args.recipe].items():
+    for name, (metrics, _) in OPTIONS.items():
+        if (
+            getattr(args, name) is not None
+            and args.metric not in metrics
+            and not args.bench_metrics
+        ):
+            raise UserError(f"{flag(name)}: only for --metric {' and '.join(metrics)}")
+    for name, value in ({n: v for n, (_, v) in OPTIONS.items()} | RECIPES[args.recipe]).items():
         if name != "lr" and getattr(args, name) is None:
             setattr(args, name, value)
+    if args.normalize_by_dim and args.metric in ("mmd_rbf", "sliced_w2", "gromov_w2"):
+        raise UserError(f"--normalize-by-dim: {args.metric} is no sum over the units")
     args.lr = args.lr or default_lr(args.student, args.recipe)
     args.teacher_lr = args.teacher_lr or default_lr(args.teacher, args.recipe)
     args.teacher_epochs = args.teacher_epochs or args.epochs
     args.nesterov = args.nesterov and args.momentum > 0
     if args.batch_size < 2:
         raise UserError("--batch-size 1: a distribution needs two images or more")
-    if not (args.eval or args.bench_metrics or args.ce_weight or args.kd_weight):
+    trained = args.ce_weight or args.kd_weight or (args.metric == "jw2_empirical" and args.beta)
+    if not (args.eval or args.bench_metrics or trained):
         raise UserError("--ce-weight 0: nothing else here trains the classifier")
     if args.metric_weight is None:
-        args.metric_weight = WEIGHTS[args.metric]
-    if not args.eval and not args.bench_metrics:
-        print(
-            f"weight of {args.metric}: {args.metric_weight:g}, for embeddings 64 wide", flush=True
-        )
+        args.metric_weight = default_weight(args.metric, args.recipe, args.normalize_by_dim)
+        if not args.eval and not args.bench_metrics:
+            print(
+                f"--metric-weight of {args.metric}: {args.metric_weight:g} (the default)",
+                flush=True,
+            )
     args.method = method_name(args)
     args.plot = ("features.png", "curves.png") if args.plot else ()
     if args.plot:
@@ -770,7 +812,7 @@ def main(args) -> dict:
     if args.teacher and args.metric_weight:
         width, teacher_width = student_sees.embedding.shape[1], teacher_sees.embedding.shape[1]
         if args.projector == "linear":
-            helpers["projector"] = nn.Linear(width, teacher_width)
+            helpers["projector"] = nn.Linear(width, teacher_width, bias=False)
         elif width != teacher_width and args.metric != "gromov_w2":
             raise UserError(
                 f"--metric {args.metric}: {args.student}'s embedding is {width} wide,"
@@ -808,8 +850,7 @@ def main(args) -> dict:
         for step, (images, labels) in run.steps(batches, steps, meter, state):
             # [end]
             # Schedule. Benchmark: written for 240 epochs and played faster or slower for another
-            # number; `now` is which of them. Paper: cosine, a step an epoch, to a hundredth. The
-            # baselines have the same: in the published code only they keep the rate constant.
+            # number; `now` is which of them. Paper: cosine, a step an epoch, towards a hundredth.
             if args.recipe == "paper":
                 lr = args.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * epoch / args.epochs)) / 2)
             else:
@@ -832,9 +873,8 @@ def main(args) -> dict:
             if args.metric_weight:
                 inputs = embedding, teacher_features.embedding, labels, logits, teacher_logits
                 distance = feature_distance(args, *inputs)
-                ratio = (
-                    args.metric_weight * distance.detach() / ce.detach()
-                )  # no loss; worth watching
+                # How large the term is beside the cross-entropy: no loss, but worth watching.
+                ratio = args.metric_weight * distance.detach() / ce.detach().clamp_min(1e-6)
             if args.kd_weight:
                 kd = kd_loss(logits, teacher_logits, args.temperature)
             loss = args.ce_weight * ce + args.metric_weight * distance + args.kd_weight * kd
@@ -868,8 +908,12 @@ def program(argv=None) -> None:
         kd["ce_weight"] = args.ce_weight
     baselines = {"ce": ce, "kd": kd}
     if args.metric != "gromov_w2":  # which may have widths that nothing else compares
-        weight = RECIPES[args.recipe].get("metric_weight", WEIGHTS["mse"])
-        baselines["mse"] = ce | dict(method="mse", metric="mse", metric_weight=weight)
+        # The control: the same run but for the metric; the same weight where the scale is the same.
+        weight = default_weight("mse", args.recipe, args.normalize_by_dim)
+        if args.metric in ("w2_empirical", "cw2_empirical"):
+            weight = args.metric_weight
+        method = "mse+KD" if args.kd_weight else "mse"
+        baselines["mse"] = dict(method=method, metric="mse", metric_weight=weight)
     launch(main, args, baselines)
 
 

@@ -511,10 +511,17 @@ def test_table_is_computed_from_results(tmp_path, capsys):
         (tmp_path / f"{i}.json").write_text(json.dumps(row))
     common.print_table(paths)
     out = capsys.readouterr().out
-    assert (
-        "| KD | 3 | 62.00 ± 2.00 | 60.00, 64.00 |" in out
-        and "| CE | 1 | 50.00 | 50.00, 50.00 |" in out
-    )
+    assert "| KD | 3 | 62.00 ± 2.00 | 60.00, 64.00 | - |" in out
+    assert "| CE | 1 | 50.00 | 50.00, 50.00 | one run |" in out
+    # a difference inside the larger spread is marked, of the same pair only
+    rows += [dict(base, method="SP", student_top1=v) for v in (60.4, 60.5, 60.6)]
+    rows += [dict(base, method="AT", student_top1=v) for v in (59.8, 59.9, 60.0)]
+    rows += [dict(base, student="u", method="SP", student_top1=v) for v in (62.0, 62.1)]
+    out = common.table(rows)
+    assert "| KD | 3 | 62.00 ± 2.00 | 60.00, 64.00 | SP |" in out  # 59.90 is 2.1 away
+    assert "| SP | 3 | 60.50 ± 0.10 | 60.40, 60.60 | KD |" in out
+    assert "| AT | 3 | 59.90 ± 0.10 | 59.80, 60.00 | - |" in out
+    assert "| u | SP | 2 | 62.05 ± 0.07 | 62.00, 62.10 | - |" in out
     (tmp_path / "bad.json").write_text('{"method": "KD", "stu')
     with pytest.raises(UserError, match="bad.json"):
         common.print_table([str(tmp_path / "bad.json")])

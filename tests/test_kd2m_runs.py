@@ -82,6 +82,9 @@ def test_options_reach_the_metric(quick):
     }
     for options, value in cases.items():
         assert run(command, *options.split()) == 0
+        assert result("o")["args"]["metric_weight"] == kd2m.WEIGHTS[options.split()[1]] * (
+            64 if "by-dim" in options else 1
+        )
         assert lines("o")[0][options.split()[1]] == pytest.approx(value.item(), rel=2e-3), options
 
 
@@ -99,6 +102,18 @@ def test_compare_adds_ce_kd_and_the_paired_control(quick, capsys):
     text = capsys.readouterr().out
     assert all(f"| {m} | 1 |" in text for m in ("CE", "KD", "mse", "w2_empirical"))
     assert result("o/mse")["args"]["metric_weight"] == kd2m.WEIGHTS["mse"]
+    # the control is the same run but for the metric
+    more = "--kd-weight 0.5 --ce-weight 0.7 --metric-weight 0.1 --compare"
+    assert run(quick, *more.split()) == 0
+    control = result("o/mse")
+    assert control["method"] == "mse+KD"
+    assert [control["args"][k] for k in ("ce_weight", "kd_weight", "metric_weight")] == [
+        0.7,
+        0.5,
+        0.1,
+    ]
+    assert [result("o/kd")["args"][k] for k in ("ce_weight", "kd_weight")] == [0.7, 0.5]
+    assert result("o/ce")["args"]["ce_weight"] == 1.0
 
 
 def test_different_widths(cwd, capsys, any_teacher_passes):
@@ -135,8 +150,10 @@ def test_recipe_paper(cwd, monkeypatch, any_teacher_passes):
     args = kd2m.parse_args(["--recipe", "paper", "--dataset", "svhn"])
     wanted = dict(teacher="resnet34", student="resnet18", epochs=15, batch_size=128, lr=0.01)
     wanted |= dict(weight_decay=0.0, nesterov=False, momentum=0.9, pretrained=True)
-    wanted |= dict(metric_weight=1e-4, teacher_lr=0.01, dataset="svhn")
+    wanted |= dict(metric_weight=1e-4, teacher_lr=0.01, dataset="svhn", class_reduction="sum")
     assert {k: getattr(args, k) for k in wanted} == wanted
+    ours = kd2m.parse_args(["--recipe", "paper", "--metric", "sinkhorn"])
+    assert ours.metric_weight == kd2m.WEIGHTS["sinkhorn"]
     # cosine, a step an epoch, the same for CE
     teacher_file()
     command = f"{QUICK} --recipe paper --no-pretrained --teacher-ckpt teacher.pth --out o"
@@ -179,6 +196,9 @@ BAD = {
     "--metric-weight -1": "--metric-weight",
     "--ce-weight 0": "--ce-weight 0",
     "--covariance half": "--covariance",
+    "--metric kl_gaussian --covariance full": "--covariance: only for --metric w2_gaussian",
+    "--beta 1": "--beta: only for --metric jw2_empirical",
+    "--metric mmd_rbf --normalize-by-dim": "--normalize-by-dim",
     "--student wrn_16_2": "--projector linear",
     "--teacher-ckpt chance.pth": "near chance",
     "--resume": "nothing to resume",

@@ -1,0 +1,103 @@
+"""Kill a run at random moments, resume it, and compare its end with that of a run left alone.
+
+    python tests/kill.py --kills 50 --json results/kills.json
+
+Each trial starts a run of sp.py on drawn images, kills it (SIGKILL or SIGTERM, at a moment drawn
+over the length of a whole run), resumes it, kills it again, and so on, some three times; then it
+resumes to the end. The weights and every logged number but times must be those of the run that was
+left alone. Nothing here is a test: it takes minutes.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import common
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--kills", type=int, default=50)
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--json", type=Path)
+options = parser.parse_args()
+
+COMMAND = [sys.executable, str(ROOT / "sp.py"), "--dataset", "shapes", "--train-size", "960"]
+COMMAND += "--teacher resnet8 --student wrn_16_1 --teacher-ckpt teacher.pth --kd-weight 1".split()
+COMMAND += "--batch-size 24 --epochs 3 --save-minutes 0.02 --out".split()
+
+
+def ending(out):
+    """Weights and logged numbers of a finished run."""
+    lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    timeless = [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+    return torch.load(Path(out, "student.pt"), weights_only=True), timeless
+
+
+def same(a, b):
+    return a[1] == b[1] and all(torch.equal(a[0][key], b[0][key]) for key in b[0])
+
+
+def train_teacher():
+    """Any teacher above chance."""
+    command = COMMAND[:6] + "--teacher resnet8 --student resnet8 --epochs 4 --out teacher".split()
+    subprocess.run([*command, "--sp-weight", "0"], check=True, capture_output=True)
+    os.rename("teacher/student.pt", "teacher.pth")
+
+
+def main():
+    draw = random.Random(options.seed)
+    train_teacher()
+    start = time.perf_counter()
+    subprocess.run([*COMMAND, "whole"], check=True, capture_output=True)
+    length, whole = time.perf_counter() - start, ending("whole")
+    kills, trials, identical, within = {"SIGKILL": 0, "SIGTERM": 0}, 0, 0, 0
+    while sum(kills.values()) < options.kills:
+        out = f"trial{trials}"
+        for kill in (True, True, True, False):
+            resume = ["--resume"] if Path(out, ".lock").exists() else []
+            process = subprocess.Popen(
+                [*COMMAND, out, *resume], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            if kill:
+                time.sleep(draw.uniform(0, length))
+                name = draw.choice(list(kills))
+                alive = process.poll() is None
+                process.send_signal(getattr(signal, name))
+                kills[name] += alive and process.wait() != 0
+                if Path(out, "last.pt").exists():
+                    within += common.read_checkpoint(Path(out, "last.pt"))["step"] > 0
+            process.wait()
+        trials += 1
+        identical += process.returncode == 0 and same(ending(out), whole)
+        print(f"{sum(kills.values())} kills, {trials} trials, {identical} identical", flush=True)
+    return {
+        "kills": kills,
+        "stopped_within_an_epoch": within,
+        "trials": trials,
+        "identical_endings": identical,
+        "seconds_of_a_whole_run": round(length, 1),
+        "device": common.device_name("auto"),
+        "torch": torch.__version__,
+    }
+
+
+if __name__ == "__main__":
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        found = main()
+        os.chdir(here)
+    print(json.dumps(found, indent=1))
+    if options.json:
+        common.write_whole(options.json, (json.dumps(found, indent=1) + "\n").encode())
+    sys.exit(found["identical_endings"] != found["trials"])
