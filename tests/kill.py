@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 
+ROOT = Path(common.__file__).parent
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--kills", type=int, default=50)
 parser.add_argument("--seed", type=int, default=0)
