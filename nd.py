@@ -531,9 +531,10 @@ def program(argv=None) -> None:
     ce |= dict(direction_weight=0.0, norm_weight=0.0)
 
     def without_nd(base):  # with the weight that the base loss has beside ND
-        given = args.kd_weight if base == args.base else None
+        given = base == args.base and args.kd_weight
         kd_weight = given or paper_weights(args, base)[0]["kd_weight"]
-        return ce | dict(method=BASES[base], base=base, kd_weight=kd_weight)
+        ce_weight = args.ce_weight if given else 1.0
+        return ce | dict(method=BASES[base], base=base, ce_weight=ce_weight, kd_weight=kd_weight)
 
     baselines = {"ce": ce, "kd": without_nd("kd"), args.base: without_nd(args.base)}
     launch(main, args, baselines)
