@@ -131,19 +131,19 @@ def test_different_widths(cwd, capsys, any_teacher_passes):
     assert result("o")["method"] == "gromov_w2" and not Path("o/mse").exists()
 
 
-@pytest.mark.parametrize("step", [2, 5])
-def test_resume_equals_uninterrupted(cwd, monkeypatch, step, any_teacher_passes):
+def test_resume_equals_uninterrupted(cwd, monkeypatch, any_teacher_passes):
+    """With a projector, and random lines that need the random state."""
     teacher_file()
-    command = f"{WIDE} --epochs 3 --projector linear --metric sliced_w2 --teacher-ckpt teacher.pth"
+    command = f"{WIDE} --epochs 2 --projector linear --metric sliced_w2 --teacher-ckpt teacher.pth"
     assert run(command, "--out", "whole") == 0
     with monkeypatch.context() as patch:
-        stop_in(patch, step)
+        stop_in(patch, 3)
         assert run(command, "--out", "parts") == 128 + signal.SIGTERM
     assert run(command, "--out", "parts", "--resume") == 0
     assert same(load("whole/student.pt"), load("parts/student.pt"))
     timeless = [[{k: v for k, v in x.items() if k not in TIMES} for x in lines(d)]
                 for d in ("whole", "parts")]  # fmt: skip
-    assert timeless[0] == timeless[1] and len(timeless[0]) == 3
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 2
 
 
 def test_recipe_paper(cwd, monkeypatch, any_teacher_passes):
@@ -156,17 +156,19 @@ def test_recipe_paper(cwd, monkeypatch, any_teacher_passes):
     assert ours.metric_weight == kd2m.WEIGHTS["sinkhorn"]
     # cosine, a step an epoch, the same for CE
     teacher_file()
-    command = f"{QUICK} --recipe paper --no-pretrained --teacher-ckpt teacher.pth --out o"
+    command = (
+        f"{QUICK} --recipe paper --no-pretrained --teacher-ckpt teacher.pth --out o --epochs 5"
+    )
     for more in ("--metric mse", "--metric-weight 0"):
         assert run(command, *more.split()) == 0
         rates = [line["lr"] for line in lines("o")]
         torch_optimizer = torch.optim.SGD([torch.zeros(1)], 0.01)
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(torch_optimizer, 15, 1e-4)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(torch_optimizer, 5, 1e-4)
         for rate in rates:
             assert rate == pytest.approx(cosine.get_last_lr()[0])
             torch_optimizer.step()
             cosine.step()
-        assert len(rates) == 15
+        assert len(rates) == 5
 
 
 def test_bench_metrics_prints_a_row_a_metric(cwd, capsys, monkeypatch):
@@ -234,7 +236,7 @@ def test_nan_features_stop_the_run_and_the_metric_is_named(quick, capsys, monkey
 
 
 def test_a_small_last_batch(quick):
-    for metric in kd2m.METRICS:
+    for metric in ("w2_empirical", "cw2_gaussian", "kl_gaussian"):
         assert run(quick.replace("--train-size 48", "--train-size 50"), "--metric", metric) == 0
         assert all(math.isfinite(v) for v in lines("o")[0].values()), metric
 

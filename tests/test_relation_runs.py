@@ -258,11 +258,11 @@ def test_compare_sets_ce_and_kd_beside_the_method(quick, capsys):
     assert same(weights("sp/ce/student.pt"), weights("dcd/ce/student.pt"))
 
 
-@pytest.mark.parametrize("step", [2, 3, 5])
+@pytest.mark.parametrize("step", [2, 3])
 @pytest.mark.parametrize("script", ["sp", "dcd"])
 def test_resume_equals_uninterrupted(cwd, monkeypatch, script, step, any_teacher_passes):
     teacher_file()
-    command = f"{QUICK} --epochs 3 --kd-weight 1 --teacher-ckpt teacher.pth --out"
+    command = f"{QUICK} --epochs 2 --kd-weight 1 --teacher-ckpt teacher.pth --out"
     assert run(script, command, "whole") == 0
     with monkeypatch.context() as patch:
         stop_in(patch, step)
@@ -271,7 +271,7 @@ def test_resume_equals_uninterrupted(cwd, monkeypatch, script, step, any_teacher
     assert same(weights("whole/student.pt"), weights("parts/student.pt"))
     timeless = [[{k: v for k, v in x.items() if k not in TIMES} for x in lines(d)]
                 for d in ("whole", "parts")]  # fmt: skip
-    assert timeless[0] == timeless[1] and len(timeless[0]) == 3
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 2
     if script == "dcd":
         heads = [torch.load(f"{d}/last.pt", weights_only=True)["state"]["helpers"]
                  for d in ("whole", "parts")]  # fmt: skip
