@@ -1113,6 +1113,7 @@ class Run:
         self.args, self.dir, self.history = args, Path(args.out), []
         self.last, self.saved, self.done = self.dir / "last.pt", None, None
         self.previous, self.step = self.dir / "previous.pt", 0  # steps done in this epoch
+        self.last_save = time.monotonic()
         self.on_gpu = pick_device(args.device).type == "cuda"
         lock = self.dir / ".lock"  # also the sign that a run was started here
         if args.resume and (self.last.exists() or self.previous.exists()):
