@@ -6,6 +6,7 @@ Read a method script (`nd.py`) first; it imports what it needs from here by name
   networks                   build_model, load_weights, fold_batchnorm, model_names
   data                       load_data (CIFAR, SVHN, STL-10, image trees, the drawn `shapes`)
   the teacher                get_teacher: load it, or train it first and keep it
+  detection                  build_detector, load_detection_data (COCO's layout), evaluate_detector
   files of a run             Run (resume, metrics, result), Meter (loss terms, progress line)
   command line               add_run_arguments, check_arguments, launch (--seeds, --compare)
 
@@ -44,7 +45,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
 # ---------------------------------------------------------------------------------------------
@@ -614,14 +615,15 @@ def read_checkpoint(path: str | Path):
         raise UserError(f"{path}: damaged, half-written or not a checkpoint; replace it") from None
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, state: dict | None = None) -> None:
     """Load a checkpoint into `model`, strictly, running no code from the file.
 
     Takes a plain state dict, or a dict that holds one under `model`, `state_dict` or `student`;
     `module.` prefixes are dropped; BatchNorm's `num_batches_tracked` may be missing (old files).
+    state: what was read from `path`, if something was done to it.
     UserError: no such file, half-written, another architecture, another number of classes.
     """
-    state, wanted = _state_dict(path), model.state_dict()
+    state, wanted = state or _state_dict(path), model.state_dict()
     for key in wanted.keys() - state.keys():
         if key.endswith("num_batches_tracked"):
             state[key] = wanted[key]
@@ -954,17 +956,22 @@ def _decoded(samples, size, workers, cache):
     return Split(images, torch.tensor([label for _, label in samples]))
 
 
-def _decode(path, size):
-    """Shorter side to `size`, centre square."""
+def read_rgb(path) -> Image.Image:
+    """Any image as RGB: grey, palette, CMYK, 16 bits. UserError: it cannot be read."""
     try:
         with Image.open(path) as file:
             if file.mode == "I;16":  # convert() would clip 16 bits instead of scaling them
                 file = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
-            image = file.convert("RGB")
+            return file.convert("RGB")
     except Exception as error:  # Pillow raises many kinds for a damaged file
         raise UserError(
             f"{path}: cannot be read as an image ({error}); replace or remove it"
         ) from None
+
+
+def _decode(path, size):
+    """Shorter side to `size`, centre square."""
+    image = read_rgb(path)
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     return np.array(image)
@@ -975,13 +982,8 @@ TEXTURES = ("plain", "stripes", "checks", "dots")
 SHAPE_CLASSES = [f"{texture}-{shape}" for shape in SHAPES for texture in TEXTURES]
 
 
-def draw_shapes(count: int, seed: int, size: int = 32) -> Split:
-    """The embedded data set: one textured shape an image, 24 classes (6 shapes x 4 textures).
-
-    Drawn by numpy, the same on every call with the same seed. Colour, place, size, rotation,
-    brightness gradient, clutter and noise vary. Labels are balanced.
-    """
-    rng = np.random.default_rng(seed)
+def _outlines():
+    """Of each shape: the radius at 256 angles from -pi to pi [6,256], and that of its hole [6]."""
     angles = np.linspace(-np.pi, np.pi, 256, endpoint=False, dtype=np.float32)
 
     def polygon(corners):
@@ -994,8 +996,17 @@ def draw_shapes(count: int, seed: int, size: int = 32) -> Split:
     cross = np.minimum(0.35 / np.maximum(near, 1e-3), 1 / far)
     ones = np.ones_like(angles)
     outlines = np.stack([ones, 1.2 * polygon(3), polygon(4), star, cross, ones]).astype(np.float32)
-    holes = np.array([0, 0, 0, 0, 0, 0.55], np.float32)
+    return outlines, np.array([0, 0, 0, 0, 0, 0.55], np.float32)
 
+
+def draw_shapes(count: int, seed: int, size: int = 32) -> Split:
+    """The embedded data set: one textured shape an image, 24 classes (6 shapes x 4 textures).
+
+    Drawn by numpy, the same on every call with the same seed. Colour, place, size, rotation,
+    brightness gradient, clutter and noise vary. Labels are balanced.
+    """
+    rng = np.random.default_rng(seed)
+    outlines, holes = _outlines()
     labels = rng.permutation(np.arange(count) % len(SHAPE_CLASSES))
     images = np.empty((count, size, size, 3), np.uint8)
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1  # pixel centres in -1..1
@@ -1090,6 +1101,7 @@ def kept(path: Path, made_by: dict, compute):
 # Arguments that may differ between a run and its resumption: they do not change what is computed.
 FREE = {"resume", "out", "device", "workers", "compile", "compare", "seeds", "eval", "data_dir"}
 FREE |= {"script", "method", "plot", "save_minutes", "tensorboard"}
+FREE |= {"per_class", "predict", "train_teacher"}
 FREE |= {"teacher_ckpt", "student_ckpt"}  # weights are compared by their hash
 
 
@@ -1263,18 +1275,41 @@ class Run:
 
     def finish(self, student: nn.Module, data: Data, teacher, **more) -> dict:
         """Write `student.pt` and `result.json`, with `more` in it; -> the result."""
+        scores = {
+            "teacher_top1": teacher and teacher.top1,
+            "teacher_hash": teacher and teacher.hash,
+            "train_images": len(data.train.labels),
+            "test_images": len(data.test.labels),
+            "data_hash": data.fingerprint,
+            "student_top1": self.history[-1]["test_top1"],
+        }
+        return self.write_result(student, scores, more)
+
+    def finish_detection(self, student: nn.Module, data: "DetectionData", teacher) -> dict:
+        """The same for a detector: AP in the place of top-1."""
+        last = self.history[-1]
+        scores = {
+            "teacher_ap": teacher and teacher.scores["AP"],
+            "teacher_hash": teacher and teacher.hash,
+            "train_images": len(data.train),
+            "val_images": len(data.val),
+            "bad_images": len(data.bad),
+            "data_hash": data.fingerprint,
+            "student_ap": last["AP"],
+            "ap": {name: last[name] for name in AP_NAMES},
+            "classes": data.classes,
+        }
+        return self.write_result(student, scores, {})
+
+    def write_result(self, student: nn.Module, scores: dict, more: dict) -> dict:
+        """`finish`, with whatever the scores of this kind of run are."""
         args, lines = self.args, self.history
         seconds = sum(line["seconds"] for line in lines)
         images = sum(line["images_per_second"] * line["seconds"] for line in lines)
         names = ("method", "dataset", "teacher", "student", "seed", "epochs")
         result = {
             **{name: getattr(args, name) for name in names},
-            "teacher_top1": teacher and teacher.top1,
-            "teacher_hash": teacher and teacher.hash,
-            "train_images": len(data.train.labels),
-            "test_images": len(data.test.labels),
-            "data_hash": data.fingerprint,
-            "student_top1": lines[-1]["test_top1"],
+            **scores,
             "seconds": round(seconds, 3),
             "images_per_second": round(images / seconds, 1),
             **more,
@@ -1363,6 +1398,9 @@ class Meter:
             correct = (logits.argmax(1) == labels).sum().float()
             self.sums = self.sums + torch.cat([values * len(labels), correct[None]]).double()
         self.images += len(labels)
+        self._show()
+
+    def _show(self):
         now = time.perf_counter()
         if now - self.shown > 0.5:  # reading a value waits for the device: not at every step
             self.shown = now
@@ -1447,12 +1485,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def pyplot():
+def pyplot(asked_by: str = "--plot"):
     """matplotlib's, drawing into files. UserError: it is not installed."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+        raise UserError(f"{asked_by} needs matplotlib: pip install matplotlib") from None
     plt.switch_backend("agg")
     return plt
 
@@ -1584,12 +1622,725 @@ def _teacher_args(args, data):
     new |= dict(ce_weight=1.0, lr=args.teacher_lr, epochs=args.teacher_epochs)
     new |= dict(seed=0)  # whatever the students' seeds: all of them learn from one teacher
     new |= dict(out=f"runs/teacher-{args.dataset}-{args.teacher}", resume=False)
-    new = argparse.Namespace(**new)
-    with contextlib.suppress(UserError):  # go on with a teacher that was stopped half-way
-        last = _read_last(Path(new.out) / "last.pt")
+    return _resumed_if_begun(argparse.Namespace(**new), data)
+
+
+def _resumed_if_begun(args, data):
+    """Go on with a teacher that was stopped half-way."""
+    with contextlib.suppress(UserError):
+        last = _read_last(Path(args.out) / "last.pt")
         same_data = last["state"].get("data") == data.fingerprint
-        new.resume = same_data and last["args"] == lasting(new)
-    return new
+        args.resume = same_data and last["args"] == lasting(args)
+    return args
+
+
+# ---------------------------------------------------------------------------------------------
+# Detection: COCO's layout, torchvision's Faster R-CNN with FPN, average precision
+# ---------------------------------------------------------------------------------------------
+
+DETECTORS = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")  # their backbones
+# MobileNetV2's levels as in the paper: 24, 32, 96 and 320 channels at strides 4, 8, 16, 32.
+# torchvision's own choice of levels is another.
+MOBILENET_LEVELS = {"3": "0", "6": "1", "13": "2", "17": "3"}
+COCO_WEIGHTS = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1
+COCO_CLASSES = COCO_WEIGHTS.meta["categories"]  # by COCO's id, 0 the background, 91 with the gaps
+
+
+class Annotated(NamedTuple):
+    """An image of a detection set, not decoded yet."""
+
+    image_id: int
+    path: str
+    width: int
+    height: int
+    boxes: Tensor  # [N,4] float32: x1, y1, x2, y2 in pixels, inside the image
+    labels: Tensor  # [N] int64, 1 or more
+
+
+class DetectionData:
+    """A detection set. Label 0 is the background.
+
+    classes: a name for every label, "N/A" for a gap. category_ids: the files' number of a label.
+    truth: the validation split's annotations, whole, as the evaluator wants them.
+    """
+
+    def __init__(self, train, val, truth, classes, category_ids, fingerprint, args, device):
+        self.train, self.val, self.truth, self.device = train, val, truth, device
+        self.classes, self.category_ids, self.num_classes = classes, category_ids, len(classes)
+        self.fingerprint, self.workers = fingerprint, args.workers
+        if self.workers is None:
+            affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+            self.workers = min(8, len(affinity(0)) if affinity else os.cpu_count())
+        self.skip_bad_images, self.bad = args.skip_bad_images, {}
+
+    def steps(self, batch_size: int) -> int:
+        """Batches in a shuffled pass."""
+        return len(self._batches(self.train, batch_size, 0))
+
+    def _batches(self, samples, batch_size, seed):
+        """Lists of (index, flip?). Shuffled: wide images with wide ones, tall with tall, for less
+        padding; what is left over of both makes the last batches. A last batch of one image is
+        left out, since BatchNorm on a 1x1 map is not defined on it."""
+        if seed is None:
+            keys = [(i, False) for i in range(len(samples))]
+            return [keys[k : k + batch_size] for k in range(0, len(keys), batch_size)]
+        rng = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(samples), generator=rng).tolist()
+        flips = (torch.rand(len(samples), generator=rng) < 0.5).tolist()
+        batches, rest = [], []
+        for wide in (True, False):
+            group = [i for i in order if (samples[i].width >= samples[i].height) == wide]
+            whole = len(group) - len(group) % batch_size
+            batches += [group[k : k + batch_size] for k in range(0, whole, batch_size)]
+            rest += group[whole:]
+        batches += [rest[k : k + batch_size] for k in range(0, len(rest), batch_size)]
+        if len(batches) > 1 and len(batches[-1]) == 1 < batch_size:
+            batches.pop()
+        order = torch.randperm(len(batches), generator=rng).tolist()
+        return [[(i, flips[i]) for i in batches[k]] for k in order]
+
+    def batches(self, split: str, batch_size: int, seed: int | None = None, limit=None):
+        """One pass, decoded by worker processes: (images, targets, image ids) of a batch.
+
+        images: list of [3,H,W] in 0..1. targets: list of {"boxes", "labels"}, as torchvision's
+        detectors take them. With a seed: shuffled, flipped with probability 1/2; the same seed
+        gives the same batches, whatever the workers. limit: the first so many images.
+        """
+        samples = getattr(self, split)[:limit]
+        loader = torch.utils.data.DataLoader(
+            _Decoder(samples),
+            batch_sampler=self._batches(samples, batch_size, seed),
+            num_workers=self.workers,
+            collate_fn=list,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # its own, or it would draw from the run's
+        )
+        for decoded in loader:
+            batch = [self._checked(image, sample) for image, sample in decoded]
+            batch = [pair for pair in batch if pair]
+            if not batch or (seed is not None and len(batch) == 1 < len(decoded)):
+                continue
+            images = [image.to(self.device).float().div_(255) for image, _ in batch]
+            targets = [
+                {"boxes": s.boxes.to(self.device), "labels": s.labels.to(self.device)}
+                for _, s in batch
+            ]
+            yield images, targets, [s.image_id for _, s in batch]
+
+    def _checked(self, image, sample):
+        if torch.is_tensor(image):
+            return image, sample
+        if not self.skip_bad_images:
+            raise UserError(f"{image}; or leave such images out with --skip-bad-images")
+        if sample.image_id not in self.bad:
+            print(f"note: {image}: left out ({len(self.bad) + 1} so far)", file=sys.stderr)
+            self.bad[sample.image_id] = image
+        return None
+
+
+class _Decoder(torch.utils.data.Dataset):
+    """(index, flip?) -> (image [3,H,W] uint8 or what is wrong with it, its annotations)."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, key):
+        index, flip = key
+        sample = self.samples[index]
+        try:
+            image = read_rgb(sample.path)
+        except UserError as error:
+            return str(error), sample
+        if image.size != (sample.width, sample.height):
+            says = f"{sample.width}x{sample.height}"
+            found = "x".join(map(str, image.size))
+            return f"{sample.path}: is {found}, its annotation says {says}; mend one", sample
+        image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        if flip:
+            x1, y1, x2, y2 = sample.boxes.unbind(1)
+            boxes = torch.stack([sample.width - x2, y1, sample.width - x1, y2], 1)
+            image, sample = image.flip(2), sample._replace(boxes=boxes)
+        return image.contiguous(), sample
+
+
+def _ignore_signals(_worker):
+    """The program itself deals with a signal, and ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def load_detection_data(args, device) -> DetectionData:
+    """The detection set that the command line asks for; kept, so that several runs load it once."""
+    torch.backends.cudnn.benchmark = False  # nearly every batch has another shape
+    root, splits = Path(args.data_dir), (args.train_split, args.val_split)
+    if args.dataset == "shapes":
+        root, splits = draw_scenes(root, args.image_size), ("train2017", "val2017")
+    key = ("detection", str(root), *splits, args.train_size, args.skip_bad_images, str(device))
+    if key not in _LOADED:
+        _LOADED.clear()
+        _LOADED[key] = _load_detection_data(args, root, splits, device)
+    return _LOADED[key]
+
+
+def _load_detection_data(args, root, splits, device):
+    digest, tables = hashlib.sha256(), []
+    for split in splits:
+        path = root / "annotations" / f"instances_{split}.json"
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"--data-dir: cannot read {path} ({error.strerror}); wanted COCO's layout,"
+                f" annotations/instances_{splits[0]}.json, {splits[0]}/*.jpg and the same for"
+                f" {splits[1]} (--dataset shapes needs no files)"
+            ) from None
+        digest.update(content)
+        tables.append(_read_table(path, content))
+    categories = tables[0][0]
+    if tables[1][0] != categories:
+        raise UserError(f"{splits[0]} and {splits[1]} list different categories; use one list")
+    if all(0 < i < 91 and COCO_CLASSES[i] == name for i, name in categories.items()):
+        classes, ids = list(COCO_CLASSES), list(range(91))  # so that COCO's weights fit
+    else:  # any ids, from 0 or with gaps: counted through
+        ids = [None, *sorted(categories)]
+        classes = ["__background__", *(categories[i] for i in ids[1:])]
+    label_of = {category: label for label, category in enumerate(ids) if category in categories}
+    read = []
+    for split, (_, images, boxes) in zip(splits, tables):
+        read.append(_read_split(root / split, images, boxes, label_of, args.skip_bad_images))
+        digest.update(repr([sample.image_id for sample in read[-1]]).encode())
+    train = [sample for sample in read[0] if len(sample.labels)]
+    if len(train) < len(read[0]):
+        print(f"note: {splits[0]}: {len(read[0]) - len(train)} images without boxes are left out")
+    if not train:
+        raise UserError(f"{splits[0]}: no image with a box to train on")
+    if args.train_size:
+        if args.train_size > len(train):
+            raise UserError(f"--train-size {args.train_size}: there are {len(train)} images")
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+        train = [train[i] for i in sorted(order[: args.train_size])]
+    truth = _truth(tables[1], {sample.image_id for sample in read[1]})
+    if not any(not box["iscrowd"] for box in truth["annotations"]):
+        raise UserError(f"{splits[1]}: no boxes to compare with; AP needs some")
+    fingerprint = digest.hexdigest()[:16]
+    return DetectionData(train, read[1], truth, classes, ids, fingerprint, args, device)
+
+
+def _read_table(path, content):
+    """-> {category id: name}, {image id: image}, annotations, all of them checked."""
+    try:
+        table = json.loads(content)
+        categories = {c["id"]: str(c["name"]) for c in table["categories"]}
+        images = {i["id"]: i for i in table["images"]}
+        for image in images.values():
+            os.fspath(image["file_name"]), int(image["width"]), int(image["height"])
+        if not all(isinstance(number, int) for number in (*categories, *images)):
+            raise TypeError("an id is not a whole number")
+        annotations = table.get("annotations", [])
+        for a in annotations:
+            x, y, w, h = (float(v) for v in a["bbox"])
+            if not all(map(math.isfinite, (x, y, w, h))):
+                raise UserError(f"{path}: annotation {a.get('id')}: bbox {a['bbox']} is not finite")
+            for key, known in (("image_id", images), ("category_id", categories)):
+                if a[key] not in known:
+                    problem = f"annotation {a.get('id')}: {key} {a[key]} is not in the file"
+                    raise UserError(f"{path}: {problem}; add it or remove the annotation")
+        if not categories or not images:
+            raise UserError(f"{path}: lists no {'images' if categories else 'categories'}")
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not COCO's instances format ({type(error).__name__}: {error}); wanted"
+            " images, annotations and categories as in instances_val2017.json"
+        ) from None
+    return categories, images, annotations
+
+
+def _read_split(folder, images, annotations, label_of, skip_bad_images):
+    try:
+        present = set(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"--data-dir: cannot read {folder} ({error.strerror})") from None
+    by_image, crowds, empty, missing = {}, 0, 0, []
+    for a in annotations:
+        if a.get("iscrowd"):
+            crowds += 1
+            continue
+        image = images[a["image_id"]]
+        x, y, w, h = a["bbox"]
+        x1, y1 = max(0.0, x), max(0.0, y)
+        x2, y2 = min(image["width"], x + w), min(image["height"], y + h)
+        box = torch.tensor([x1, y1, x2, y2], dtype=torch.float32)
+        if (box[2:] <= box[:2]).any():
+            empty += 1
+        else:
+            by_image.setdefault(a["image_id"], []).append((box, label_of[a["category_id"]]))
+    samples = []
+    for image_id, image in images.items():
+        name = image["file_name"]
+        path = folder / name
+        if name not in present and not path.is_file():  # a name may have folders in it
+            missing.append(path)
+            continue
+        found = by_image.get(image_id, [])
+        boxes = torch.stack([box for box, _ in found]) if found else torch.zeros(0, 4)
+        labels = torch.tensor([label for _, label in found], dtype=torch.int64)
+        samples.append(
+            Annotated(image_id, str(path), image["width"], image["height"], boxes, labels)
+        )
+    if missing and not skip_bad_images:
+        raise UserError(
+            f"{missing[0]}: no such image, but it is annotated ({len(missing)} missing);"
+            " add it or leave such images out with --skip-bad-images"
+        )
+    odd = {"crowd regions": crowds, "boxes without area inside their image": empty}
+    odd["missing images"] = len(missing)
+    if left_out := ", ".join(f"{n} {what}" for what, n in odd.items() if n):
+        print(f"note: {folder.name}: not trained on: {left_out}", flush=True)
+    return samples
+
+
+def _truth(table, image_ids):
+    """COCO's annotations of these images, with the little that a file may lack."""
+    categories, images, annotations = table
+    kept_ones = []
+    for a in annotations:
+        if a["image_id"] in image_ids:
+            area = a.get("area", a["bbox"][2] * a["bbox"][3])
+            given = {key: a[key] for key in ("image_id", "category_id", "bbox")}
+            # Numbered from 1: the evaluators take a match with number 0 for no match.
+            number = len(kept_ones) + 1
+            kept_ones.append({**given, "id": number, "area": area, "iscrowd": a.get("iscrowd", 0)})
+    return {
+        "info": {},
+        "images": [{"id": i, **_size(images[i])} for i in images if i in image_ids],
+        "annotations": kept_ones,
+        "categories": [{"id": i, "name": name} for i, name in categories.items()],
+    }
+
+
+def _size(image):
+    return {"width": image["width"], "height": image["height"]}
+
+
+SCENES = {"train2017": 400, "val2017": 100}  # images of the drawn set
+
+
+def draw_scenes(root: Path, size: int) -> Path:
+    """The embedded detection set: 2 to 5 of SHAPES on a canvas, drawn once in COCO's layout.
+
+    -> its folder under `root`. Images, boxes and classes are the same wherever they are drawn.
+    """
+    if size < 32:
+        raise UserError(f"--image-size {size}: drawn scenes need 32 pixels or more")
+    folder = root / f"shapes-scenes-{size}"
+    if folder.is_dir():
+        return folder
+    half_done = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        (half_done / "annotations").mkdir(parents=True)
+        for seed, (split, count) in enumerate(SCENES.items()):
+            (half_done / split).mkdir()
+            images, annotations = [], []
+            for number in range(count):
+                pixels, found = _draw_scene(np.random.default_rng((seed, number)), size)
+                name = f"{number:06d}.png"
+                Image.fromarray(pixels).save(half_done / split / name)
+                images.append(dict(id=number, file_name=name, width=size, height=size))
+                for shape, box in found:
+                    entry = dict(image_id=number, category_id=shape + 1, bbox=box, iscrowd=0)
+                    annotations.append(entry | dict(id=len(annotations) + 1, area=box[2] * box[3]))
+            categories = [dict(id=k + 1, name=name) for k, name in enumerate(SHAPES)]
+            table = dict(images=images, annotations=annotations, categories=categories)
+            path = half_done / "annotations" / f"instances_{split}.json"
+            path.write_text(json.dumps(table))
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            half_done.rename(folder)
+    finally:
+        shutil.rmtree(half_done, ignore_errors=True)
+    return folder
+
+
+def _draw_scene(rng, size):
+    """-> [S,S,3] uint8, [(shape, [x, y, w, h])]: shapes that do not touch, on a shaded ground."""
+    outlines, holes = _outlines()
+    axis = np.arange(size, dtype=np.float32) + 0.5
+    turn = rng.uniform(0, 2 * np.pi)
+    ramp = (np.cos(turn) * axis[:, None] + np.sin(turn) * axis) / size
+    first, second = rng.uniform(0.1, 0.6, (2, 3))
+    canvas = first + ramp[..., None] * (second - first)
+    found, taken = [], np.zeros((size, size), bool)
+    for _ in range(rng.integers(2, 6)):
+        shape, radius = rng.integers(len(SHAPES)), rng.uniform(0.11, 0.21) * size
+        turn, colour = rng.uniform(-np.pi, np.pi), rng.uniform(0.5, 1, 3)
+        for _ in range(20):  # until it finds room; a full canvas stays as it is
+            x, y = rng.uniform(1.2 * radius, size - 1.2 * radius, 2)
+            dx, dy = axis - x, axis[:, None] - y
+            angle = np.arctan2(dy, dx) + turn
+            angle = ((angle + np.pi) * (256 / (2 * np.pi))).astype(np.int32) % 256
+            distance = np.hypot(dx, dy) / radius
+            whole = distance < outlines[shape][angle]
+            (top, *_, bottom), (left, *_, right) = (np.flatnonzero(whole.any(k)) for k in (1, 0))
+            around = (slice(top, bottom + 1), slice(left, right + 1))
+            if not taken[around].any():
+                taken[around] = True
+                canvas = np.where((whole & (distance > holes[shape]))[..., None], colour, canvas)
+                box = [int(v) for v in (left, top, right + 1 - left, bottom + 1 - top)]
+                found.append((int(shape), box))
+                break
+    canvas = canvas + rng.standard_normal(canvas.shape) * rng.uniform(0.02, 0.05)
+    return (canvas.clip(0, 1) * 255).astype(np.uint8), found
+
+
+def build_detector(name: str, num_classes: int, args, frozen_norm: bool = False) -> nn.Module:
+    """Faster R-CNN on an FPN over the backbone `name`, one of DETECTORS; the background counts.
+
+    args: image_size, smallest_anchor, regions, fpn_width, pretrained_backbone. frozen_norm: for
+    weights that are loaded and stay. UserError: the backbone's weights cannot be downloaded.
+    """
+    models = torchvision.models.detection
+    pretrained = args.pretrained_backbone and not frozen_norm
+    # Two or so images a GPU are too few for BatchNorm, so it is frozen in pretrained backbones.
+    # Frozen as it starts it would normalise nothing: then it is trained, as torchvision does.
+    frozen = pretrained or frozen_norm
+    norm = torchvision.ops.FrozenBatchNorm2d if frozen else nn.BatchNorm2d
+    options = {"weights": "IMAGENET1K_V1" if pretrained else None, "norm_layer": norm}
+    try:
+        net = torchvision.models.get_model(name, **options)
+    except OSError as error:
+        raise UserError(
+            f"cannot download the ImageNet weights of {name} ({error}); --no-pretrained-backbone"
+            " starts from scratch"
+        ) from None
+    if name == "mobilenet_v2":
+        body, levels, widths = net.features, MOBILENET_LEVELS, [24, 32, 96, 320]
+    else:
+        body, levels = net, {f"layer{k + 1}": str(k) for k in range(4)}
+        widths = [net.inplanes // 8 * 2**k for k in range(4)]
+        if pretrained:  # stem and first stage stay as they are
+            for part in (net.conv1, net.bn1, net.layer1):
+                part.requires_grad_(False)
+    backbone = models.backbone_utils.BackboneWithFPN(
+        body,
+        levels,
+        widths,
+        args.fpn_width,
+        torchvision.ops.feature_pyramid_network.LastLevelMaxPool(),
+    )
+    sides = [args.smallest_anchor * 2**k for k in range(5)]
+    anchors = models.anchor_utils.AnchorGenerator(
+        tuple((side,) for side in sides), ((0.5, 1.0, 2.0),) * 5
+    )
+    short = [args.image_size] if args.image_size else list(range(640, 801, 32))
+    detector = models.FasterRCNN(
+        backbone,
+        num_classes,
+        min_size=short,  # training: one of them at random; test: the last
+        max_size=short[-1] * 1333 // 800,
+        rpn_anchor_generator=anchors,
+        rpn_post_nms_top_n_train=1000,
+        rpn_post_nms_top_n_test=min(1000, 2 * args.regions),
+        box_batch_size_per_image=args.regions,
+    )
+    detector.name = name
+    return detector
+
+
+def load_detector(name: str, num_classes: int, args, path: str | Path) -> nn.Module:
+    """A detector for inference with the weights in `path`, its norm frozen. UserError: no fit."""
+    net = build_detector(name, num_classes, args, frozen_norm=True)
+    state = {k: v for k, v in _state_dict(path).items() if not k.endswith("num_batches_tracked")}
+    classes = len(state.get("roi_heads.box_predictor.cls_score.bias", ()))
+    if classes and classes != num_classes:
+        raise UserError(
+            f"{path}: a detector of {classes} classes with the background, the data has"
+            f" {num_classes}; give one trained on the same categories"
+        )
+    load_weights(net, path, state)
+    return net.eval().requires_grad_(False)
+
+
+class TeacherDetector(NamedTuple):
+    net: nn.Module  # eval mode, frozen
+    scores: dict  # AP and its kin on the validation split, %
+    hash: str  # of its weights
+
+
+def hopeless(ap: float) -> bool:
+    """An AP that no trained detector has on its own data."""
+    return ap < 1.0
+
+
+DETECTOR_RECIPE = ("student", "epochs", "seed", "precision", "image_size", "smallest_anchor")
+DETECTOR_RECIPE += ("regions", "fpn_width", "pretrained_backbone", "script", *TEACHER_OPTIMIZER)
+
+
+def get_teacher_detector(args, data: DetectionData, train) -> TeacherDetector:
+    """The teacher: --teacher-ckpt, or trained by `train` (--train-teacher), or torchvision's.
+
+    UserError: no weights, weights that do not fit, a loaded teacher that detects nothing.
+    """
+    path = Path(args.teacher_ckpt) if args.teacher_ckpt else None
+    if not path and args.train_teacher:
+        path = Path(f"checkpoints/detect-{args.dataset}_{args.teacher}.pt")
+        new = vars(args) | dict(student=args.teacher, teacher=None, teacher_ckpt=None, plot=())
+        new |= {k: 0.0 for k in vars(args) if k in ("nd_weight", "kd_weight", "reviewkd_weight")}
+        new |= dict(seed=0, epochs=args.teacher_epochs, method="teacher", resume=False)
+        new |= dict(out=f"runs/teacher-detect-{args.dataset}-{args.teacher}")
+        new = _resumed_if_begun(argparse.Namespace(**new), data)
+        recipe = {name: getattr(new, name, None) for name in DETECTOR_RECIPE}
+        recipe |= {"data": data.fingerprint, "images": len(data.train)}
+        if path.exists():
+            _check_recipe(path, recipe)
+        else:
+            print(f"teacher: no {path}; training it for {new.epochs} epochs", flush=True)
+            path.parent.mkdir(exist_ok=True)
+            result = train(new)
+            weights = read_checkpoint(Path(new.out) / "student.pt")
+            save_whole(path, {"model": weights, "recipe": recipe, "ap": result["student_ap"]})
+    if path:
+        net = load_detector(args.teacher, data.num_classes, args, path)
+    else:
+        net = _coco_detector(args, data)
+    weights_hash, net = state_hash(net), net.to(data.device)
+    key = ("detector", weights_hash, data.fingerprint, args.precision, args.image_size)
+    if key not in _EVALUATED:
+        scores = evaluate_detector(net, data, args)
+        source = path or "torchvision"
+        print(f"teacher {args.teacher} from {source}: {ap_line(scores)}", flush=True)
+        if hopeless(scores["AP"]):
+            problem = f"{source}: AP {scores['AP']:.2f} on the validation images"
+            if not (args.train_teacher and not args.teacher_ckpt):
+                raise UserError(f"{problem}: other categories, --image-size or --smallest-anchor?")
+            print(f"warning: {problem}: train it longer (--teacher-epochs)", file=sys.stderr)
+        _EVALUATED[key] = scores
+    return TeacherDetector(net, _EVALUATED[key], weights_hash)
+
+
+def _coco_detector(args, data):
+    if args.teacher != "resnet50" or data.classes != list(COCO_CLASSES):
+        what = "these categories" if args.teacher == "resnet50" else args.teacher
+        raise UserError(
+            f"--teacher: torchvision has no detector for {what}; give --teacher-ckpt FILE, or"
+            " --train-teacher to train one first"
+        )
+    if args.fpn_width != 256:
+        raise UserError(
+            f"--fpn-width {args.fpn_width}: torchvision's teacher has 256; leave it out"
+        )
+    try:
+        state = COCO_WEIGHTS.get_state_dict(progress=False, check_hash=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot download the teacher {COCO_WEIGHTS.url} ({error}); give --teacher-ckpt FILE"
+        ) from None
+    net = build_detector("resnet50", 91, args, frozen_norm=True)
+    net.load_state_dict(state)
+    for module in net.modules():
+        if isinstance(module, torchvision.ops.FrozenBatchNorm2d):
+            module.eps = 0.0  # as these weights were trained
+    return net.eval().requires_grad_(False)
+
+
+AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+@torch.no_grad()
+def detect(model: nn.Module, data: DetectionData, args) -> tuple[list[dict], list[int]]:
+    """Its detections on the validation split, in COCO's format, and the ids of the images seen."""
+    model.eval()
+    found, seen = [], []
+    for images, _, image_ids in data.batches("val", args.batch_size):
+        with autocast(args, data.device):
+            results = model(images)
+        seen += image_ids
+        for image_id, result in zip(image_ids, results):
+            boxes = torchvision.ops.box_convert(result["boxes"].float(), "xyxy", "xywh").tolist()
+            scored = zip(boxes, result["labels"].tolist(), result["scores"].tolist())
+            for box, label, score in scored:
+                category = data.category_ids[label]
+                found.append(dict(image_id=image_id, category_id=category, bbox=box, score=score))
+    return found, seen
+
+
+def coco_ap(truth: dict, found: list[dict], image_ids: list[int]) -> tuple[dict, dict]:
+    """AP, AP50, AP75, APs, APm, APl in %, by faster-coco-eval; and AP by category id.
+
+    None: there is nothing of that size or class to find among these images.
+    """
+    try:
+        from faster_coco_eval import COCO, COCOeval_faster
+    except ImportError:
+        raise UserError("detection needs faster-coco-eval: pip install faster-coco-eval") from None
+    coco = COCO(truth)
+    evaluator = COCOeval_faster(coco, coco.loadRes([dict(d) for d in found]), "bbox")
+    evaluator.params.imgIds = sorted(image_ids)
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summarize()
+
+    def percent(value):
+        return None if value < 0 else round(100 * float(value), 3)
+
+    scores = {name: percent(value) for name, value in zip(AP_NAMES, evaluator.stats)}
+    precision = evaluator.eval["precision"]  # [IoU, recall, class, area, detections an image]
+    by_class = [precision[:, :, k, 0, -1] for k in range(precision.shape[2])]
+    by_class = [percent(p[p > -1].mean() if (p > -1).any() else -1) for p in by_class]
+    return scores, dict(zip(evaluator.params.catIds, by_class))
+
+
+def evaluate_detector(model: nn.Module, data: DetectionData, args) -> dict:
+    """AP and its kin on the validation split, %. Leaves the model in eval mode."""
+    found, image_ids = detect(model, data, args)
+    if not image_ids:
+        raise UserError("none of the validation images can be read")
+    scores, _ = coco_ap(data.truth, found, image_ids)
+    if scores["AP"] is None:
+        raise UserError("the validation images that can be read have no boxes; AP needs some")
+    return scores
+
+
+def ap_line(scores: dict) -> str:
+    shown = ((name, scores[name]) for name in AP_NAMES)
+    return "  ".join(f"{name} {'-' if v is None else format(v, '.2f')}" for name, v in shown)
+
+
+class DetectionMeter(Meter):
+    """Meter without a training accuracy; a term that is not finite ends the run at its step."""
+
+    def add(self, terms: dict, image_ids: list[int]) -> None:
+        terms = {name: value for name, value in terms.items() if torch.is_tensor(value)}
+        self.names = tuple(terms)
+        values = torch.stack([value.detach().float() for value in terms.values()])
+        if not bool(torch.isfinite(values).all()):
+            names = [n for n, v in zip(self.names, values.tolist()) if not math.isfinite(v)]
+            raise UserError(
+                f"the loss term {' and '.join(names)} became infinite or nan in epoch"
+                f" {self.epoch + 1}, images {', '.join(map(str, image_ids))}: lower --lr or the"
+                " term's weight, or look at these images; last.pt holds the end of the epoch before"
+            )
+        self.sums = self.sums + values.double() * len(image_ids)
+        self.images += len(image_ids)
+        self._show()
+
+    def _line(self, seconds):
+        left = (self.total * (self.epochs - self.epoch) - self.images) / self.images
+        left *= time.perf_counter() - self.start
+        means = "  ".join(f"{name} {value:#.3g}" for name, value in self._term_means().items())
+        rate = self.images / seconds
+        return f"epoch {self.epoch + 1:3d}/{self.epochs}  {means}  {rate:5.1f} images/s  " + (
+            f"{_clock(left)} left"
+        )
+
+    def _term_means(self):
+        return dict(zip(self.names, (self.sums / self.images).tolist()))
+
+    def close(self) -> dict:
+        if not self.images:
+            raise UserError("none of the training images can be read")
+        seconds = time.perf_counter() - self.start
+        return {
+            "epoch": self.epoch + 1,
+            **{name: float(f"{value:.6g}") for name, value in self._term_means().items()},
+            "seconds": round(seconds, 3),
+            "images_per_second": round(self.images / seconds, 1),
+        }
+
+    def report(self, metrics: dict) -> None:
+        line = f"{self._line(metrics['seconds'])}  AP {metrics['AP']:.2f}  lr {metrics['lr']:.4g}"
+        print(f"\r{line}\x1b[K" if self.live else line, flush=True)
+
+
+def drawn_boxes(image: Image.Image, boxes: Tensor, labels: list[int], words: list[str]):
+    """A copy of the image, its short side at least 480, with boxes [N,4] and a word at each."""
+    scale = max(1, math.ceil(480 / min(image.size)))
+    image = image.resize([scale * side for side in image.size], Image.Resampling.NEAREST)
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(max(14, min(image.size) // 34))
+    for box, label, word in zip((boxes * scale).tolist(), labels, words):
+        colour = f"hsl({label * 137.5 % 360},90%,70%)"  # neighbouring labels far apart
+        pen.rectangle(box, outline=colour, width=2)
+        corner = (box[0] + 3, box[1] + 1)
+        pen.rectangle(pen.textbbox(corner, word, font), fill="black")
+        pen.text(corner, word, colour, font)
+    return image
+
+
+@torch.no_grad()
+def draw_sheet(data: DetectionData, columns: dict, args, path: Path, rows: int = 6) -> None:
+    """The first validation images: ground truth, and what each network of `columns` finds."""
+    figure, axes = pyplot().subplots(
+        rows, 1 + len(columns), figsize=(4 * (1 + len(columns)), 4 * rows), squeeze=False
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, title in zip(axes[0], ("ground truth", *columns)):
+        axis.set_title(title)
+    for net in columns.values():
+        net.eval()
+    for line, (images, targets, _) in zip(axes, data.batches("val", 1, limit=rows)):
+        image = Image.fromarray(images[0].mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
+        labels = targets[0]["labels"].tolist()
+        words = [data.classes[k] for k in labels]
+        pictures = [drawn_boxes(image, targets[0]["boxes"].cpu(), labels, words)]
+        for net in columns.values():
+            with autocast(args, data.device):
+                result = net(images)[0]
+            pictures.append(drawn_boxes(image, *confident(result, data.classes)))
+        for axis, picture in zip(line, pictures):
+            axis.imshow(np.asarray(picture))
+    save_figure(figure, path)
+    pyplot().close(figure)
+
+
+def confident(result: dict, classes: list[str], least: float = 0.5):
+    """Of a detector's result: boxes scored `least` or more, labels, what to write at each."""
+    keep = result["scores"] >= least
+    labels, scores = result["labels"][keep].tolist(), result["scores"][keep].tolist()
+    words = [f"{classes[k]} {score:.2f}" for k, score in zip(labels, scores)]
+    return result["boxes"][keep].float().cpu(), labels, words
+
+
+def as_trained(args) -> None:
+    """For --eval: the settings in the result.json beside that file, if there is one."""
+    args.classes = None
+    try:
+        result = json.loads((Path(args.eval).parent / "result.json").read_text())
+        settings = ("student", "image_size", "smallest_anchor", "regions", "fpn_width")
+        settings = {name: result["args"][name] for name in settings}
+        args.classes = result["classes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    vars(args).update(settings)
+    print("as trained:", *(f"{flag(name)} {value}" for name, value in settings.items()))
+
+
+@torch.no_grad()
+def draw_predictions(args) -> None:
+    """--predict: boxes with a score of 0.5 and more, drawn on the user's own pictures."""
+    device = pick_device(args.device)
+    weights = _state_dict(args.eval)
+    count = len(weights.get("roi_heads.box_predictor.cls_score.bias", ()))
+    if count < 2:
+        raise UserError(f"{args.eval}: not the weights of a detector")
+    coco = list(COCO_CLASSES) if count == 91 else [f"class {k}" for k in range(count)]
+    classes = args.classes if args.classes and len(args.classes) == count else coco
+    net = load_detector(args.student, count, args, args.eval).to(device)
+    folder = Path(args.out or "predictions")
+    for name in args.predict:
+        image = read_rgb(name)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        with autocast(args, device):
+            result = net([pixels.to(device).float() / 255])[0]
+        boxes, labels, words = confident(result, classes)
+        buffer, path = io.BytesIO(), folder / f"{Path(name).stem}-boxes.png"
+        drawn_boxes(image, boxes, labels, words).save(buffer, format="png")
+        write_whole(path, buffer.getvalue())
+        print(f"{name}: {', '.join(words) or 'nothing found'}; picture: {path}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1698,6 +2449,44 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eval", metavar="FILE", help="only test this student checkpoint")
 
 
+def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
+    """`add_run_arguments` for detection."""
+    add = parser.add_argument_group("run").add_argument
+    add("--dataset", choices=("coco", "shapes"), default="coco", help="shapes: drawn, no files")
+    add(
+        "--data-dir",
+        default="data",
+        metavar="DIR",
+        help="with annotations/ and the images' folders",
+    )
+    add("--train-split", default="train2017", metavar="NAME", help="(train2017)")
+    add("--val-split", default="val2017", metavar="NAME", help="(val2017)")
+    add(
+        "--skip-bad-images", action="store_true", help="leave out what cannot be read, and count it"
+    )
+    add("--image-size", type=image_size, metavar="N", help="short side (trained at 640 to 800,"
+        " tested at 800; shapes 96)")  # fmt: skip
+    add("--smallest-anchor", type=positive_int, metavar="N", help="side in pixels; the other four"
+        " levels double it (32; shapes 16)")  # fmt: skip
+    add("--train-size", type=positive_int, metavar="N", help="train on N images (all)")
+    add("--teacher-ckpt", metavar="FILE", help="a detector's weights (torchvision's for resnet50)")
+    add("--train-teacher", action="store_true", help="train it first (shapes: always)")
+    add("--seed", type=seed, default=0, metavar="N", help="of start, batches and regions (0)")
+    add("--seeds", type=seed, nargs="+", metavar="N", help="run each, print mean and spread")
+    add("--compare", action="store_true", help="train the plain and the KD student too")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: losses in fp32 (fp32)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="a GPU if there is one")
+    add("--workers", type=at_most(256), metavar="N", help="processes that decode (one a core, up"
+        " to 8; shapes 0)")  # fmt: skip
+    add("--out", metavar="DIR", help="folder of the run (runs/<script>-<teacher>-<student>-...)")
+    add("--resume", action="store_true", help="go on where a stopped run left off")
+    add("--eval", metavar="FILE", help="only test this student checkpoint")
+    add("--per-class", action="store_true", help="with --eval: each class's AP too")
+    add("--predict", nargs="+", metavar="IMAGE", help="with --eval: draw boxes on these instead")
+    add("--plot", action="store_true", help="draw a sheet of validation images: boxes of the"
+        " truth, the plain student (trained too) and the student")  # fmt: skip
+
+
 def launch(main, args, baselines: dict, needed: tuple = ()) -> None:
     """Run `main(args)` for every seed and, with --compare, for every baseline; print the table.
 
@@ -1748,11 +2537,12 @@ def print_top1(args) -> None:
 
 
 def table(results: list[dict]) -> str:
-    """A Markdown table of results, a row a method: n, last-epoch top-1, mean and spread.
+    """A Markdown table of results, a row a method: n, last-epoch top-1 or AP, mean and spread.
 
     The spread is the standard deviation over seeds (n - 1 in the denominator). The last column
     names methods of the same pair whose mean lies within the larger of the two spreads.
     """
+    kind = "ap" if "student_ap" in results[0] else "top1"
     groups: dict = {}
     for r in results:
         key = (r["dataset"], r["train_images"], r["epochs"], r["teacher"], r["student"])
@@ -1760,17 +2550,16 @@ def table(results: list[dict]) -> str:
         settings = {k: v for k, v in r.get("args", {}).items() if k not in FREE | {"seed"}}
         group = groups.setdefault((*key, json.dumps(settings, sort_keys=True)), {})
         # A run given twice counts once.
-        group[r.get("seed", len(group))] = r["student_top1"], r["teacher_top1"]
+        group[r.get("seed", len(group))] = r[f"student_{kind}"], r[f"teacher_{kind}"]
+    score = {"top1": "top-1 %", "ap": "AP"}[kind]
     rows = []
     for key, by_seed in groups.items():
         values, teachers = zip(*by_seed.values())
         mean, n = sum(values) / len(values), len(values)
         spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else None
         rows.append((key, values, teachers, mean, spread))
-    lines = [
-        "| data, images, epochs | teacher | student | method | n | top-1 % | lowest, highest |"
-    ]
-    lines[0] += " not apart from |"
+    lines = ["| data, images, epochs | teacher | student | method | n | "]
+    lines[0] += f"{score} | lowest, highest | not apart from |"
     lines.append("|---|---|---|---|---|---|---|---|")
     for key, values, teachers, mean, spread in rows:
         dataset, images, epochs, teacher, student, method = key[:6]
@@ -1806,7 +2595,9 @@ def print_table(paths: list[str] | None) -> None:
             raise UserError(f"{path}: not a result of a run ({error})") from None
     if not results:
         raise UserError("usage: python common.py results/*.json")
-    print(table(results))
+    for kind in ("student_top1", "student_ap"):
+        if of_kind := [r for r in results if kind in r]:
+            print(table(of_kind))
 
 
 if __name__ == "__main__":
