@@ -21,8 +21,6 @@ nd with kd is KD++. ReviewKD compares the FPN's maps; nd with it is ReviewKD++.
     python detect_nd.py --data-dir coco --teacher resnet101 --train-teacher --base reviewkd
     python detect_nd.py --dataset shapes --student mobilenet_v2 --plot      drawn, needs no files
 
-MEASURED
-
 Differs from the paper and its code:
  1. torchvision's detector: background is class 0 (theirs: the last), box loss smooth L1 (L1),
     regions pooled at two points a bin, one normalisation of the pixels for both networks (the

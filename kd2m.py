@@ -36,8 +36,6 @@ most 1 in the space of a kernel with feature map phi, the risks differ by |R_S(h
 W2 in |phi(z) - phi(z')|; if phi is 1-Lipschitz, W2 <= (E |g_S(x) - g_T(x)|^2)^1/2, the root of the
 expected mse. It is no bound for the student's own head, and says nothing of training or batches.
 
-MEASURED
-
 Differs from the paper and its published code:
  1. The default recipe and pair are the field's for CIFAR-100, with weights that make the term as
     large as the cross-entropy; the code's are 1e-4 at 512 units, and in the slides' sweep a term
