@@ -2436,15 +2436,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--compile", action="store_true", help="torch.compile both networks: slow start, for a GPU")
     add("--workers", type=positive_int, metavar="N", help="threads that decode a tree (all cores)")
-    add("--out", metavar="DIR", help="folder of the run (runs/<script>-<teacher>-<student>-...)")
-    add("--resume", action="store_true", help="go on where a stopped run left off")
     add("--save-minutes", type=positive, default=15.0, metavar="X", help="save within an epoch, as"
         " well as at its end, when so many have passed (15)")  # fmt: skip
-    add(
-        "--deterministic",
-        action="store_true",
-        help="the same bits in every run on a GPU too; slower",
-    )
+    _add_file_arguments(add)
+
+
+def _add_file_arguments(add) -> None:
+    add("--out", metavar="DIR", help="folder of the run (runs/<script>-<teacher>-<student>-...)")
+    add("--resume", action="store_true", help="go on where a stopped run left off")
+    add("--deterministic", action="store_true", help="the same bits in every run on a GPU; slower")
     add("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
     add("--eval", metavar="FILE", help="only test this student checkpoint")
 
@@ -2478,9 +2478,7 @@ def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="a GPU if there is one")
     add("--workers", type=at_most(256), metavar="N", help="processes that decode (one a core, up"
         " to 8; shapes 0)")  # fmt: skip
-    add("--out", metavar="DIR", help="folder of the run (runs/<script>-<teacher>-<student>-...)")
-    add("--resume", action="store_true", help="go on where a stopped run left off")
-    add("--eval", metavar="FILE", help="only test this student checkpoint")
+    _add_file_arguments(add)
     add("--per-class", action="store_true", help="with --eval: each class's AP too")
     add("--predict", nargs="+", metavar="IMAGE", help="with --eval: draw boxes on these instead")
     add("--plot", action="store_true", help="draw a sheet of validation images: boxes of the"

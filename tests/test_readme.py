@@ -15,6 +15,7 @@ from PIL import Image
 
 import common
 import dcd
+import detect_nd
 import kd2m
 import nd
 import sp
@@ -84,6 +85,15 @@ def test_commands_run(cwd, script, command, capsys, any_teacher_passes, monkeypa
     assert common.run_program(program, shlex.split(command)) == 0, capsys.readouterr().err
 
 
+def test_commands_for_detection_are_understood():
+    """Whole runs of them are in test_detect.py."""
+    found = re.findall(r"^\s*python detect_nd\.py (.*)$", README + detect_nd.__doc__, re.M)
+    lines = {re.split(r"\s{3,}|\s+#", line)[0].strip() for line in found} - {"--help"}
+    assert len(lines) >= 3
+    for line in lines:
+        detect_nd.parse_args(shlex.split(line))
+
+
 def test_snippet_runs():
     scope = {}
     exec(re.search(r"```python\n(.*?)```", README, re.S).group(1), scope)
@@ -130,12 +140,14 @@ def test_functions_of_the_same_name_are_the_same():
     """kd_loss and its like are repeated so that a block can be copied; here they are compared."""
     own = {"parse_args", "default_lr", "method_name", "main", "program"}
     seen = {}
-    for script in SCRIPTS:
+    scripts = [*SCRIPTS, "detect_nd"]
+    for script in scripts:
         text = (ROOT / f"{script}.py").read_text()
         for node in ast.parse(text).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in own:
                 seen.setdefault(node.name, {})[script] = ast.get_source_segment(text, node)
-    assert len(seen["kd_loss"]) == len(seen["_full"]) == len(SCRIPTS)
+    assert len(seen["kd_loss"]) == len(seen["_full"]) == len(scripts)
+    assert len(seen["nd_loss"]) == len(seen["hcl_loss"]) == 2
     for name, texts in seen.items():
         assert len(set(texts.values())) == 1, f"{name} differs between {' and '.join(texts)}"
 
