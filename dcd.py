@@ -26,6 +26,7 @@ temperature 4.
     python dcd.py --kd-weight 1 --compare --seeds 0 1 2     DCD+KD, KD and CE, 3 seeds
     python dcd.py --transfer stl10 --student-ckpt student.pt --teacher-ckpt resnet56.pth
                                                             linear probes on other images
+
 MEASURED
 
 Differs from the paper and its code:
@@ -276,9 +277,8 @@ def prepare_transfer(args) -> None:
     label, method = student.stem, student.stem
     if student.name == "student.pt" and student.parent.name:
         label = student.parent.name  # a run's folder
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             method = json.loads((student.parent / "result.json").read_text())["method"]
-    mode = "" if args.transfer_bn == "eval" else " (batch)"
     trained = Path(f"checkpoints/{args.dataset}_{args.teacher}.pt")
     if not args.teacher_ckpt and trained.exists():
         args.teacher_ckpt = str(trained)
@@ -286,8 +286,9 @@ def prepare_transfer(args) -> None:
         print(f"note: no {trained}, no --teacher-ckpt: the student alone", file=sys.stderr)
         args.teacher = None
     args.source, args.dataset = args.dataset, args.transfer
-    args.method = f"probe of {method}{mode}"
-    place = f"runs/dcd-transfer-{args.dataset}-of-{label}{mode.strip(' ()') and '-batch'}"
+    batch = args.transfer_bn == "batch"
+    args.method = f"probe of {method}" + " (batch)" * batch
+    place = f"runs/dcd-transfer-{args.dataset}-of-{label}" + "-batch" * batch
     args.out = args.out or (place if args.seeds else f"{place}-s{args.seed}")
 
 
