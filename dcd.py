@@ -27,7 +27,15 @@ temperature 4.
     python dcd.py --transfer stl10 --student-ckpt student.pt --teacher-ckpt resnet56.pth
                                                             linear probes on other images
 
-MEASURED
+Measured, top-1 % of the last epoch on CIFAR-100's test images, mean ± standard deviation over the
+seeds 0, 1, 2; resnet56 (69.56 %) -> resnet8, two CPU cores, and so a small budget: 10,000 training
+images, 15 epochs (--train-size 10000 --epochs 15). It shows that the code works, not what the
+method gains in 240 epochs.
+
+    CE      24.03 ± 0.14
+    KD      32.03 ± 0.44
+    DCD     31.44 ± 0.51
+    DCD+KD  34.79 ± 0.52
 
 Differs from the paper and its code:
  1. No offset on the similarities. The paper adds a trained scalar b to each and credits it, with

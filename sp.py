@@ -24,7 +24,15 @@ smaller still. It falls as 1 / B: twice the batch halves its pull. 3000 is in us
     python sp.py --kd-weight 1 --compare --seeds 0 1 2      SP+KD, KD and CE, 3 seeds
     python sp.py --recipe paper --teacher wrn_16_8 --student wrn_40_2      CIFAR-10
 
-MEASURED
+Measured, top-1 % of the last epoch on CIFAR-100's test images, mean ± standard deviation over the
+seeds 0, 1, 2; resnet56 (69.56 %) -> resnet8, two CPU cores, and so a small budget: 10,000 training
+images, 15 epochs (--train-size 10000 --epochs 15). It shows that the code works, not what the
+method gains in 240 epochs.
+
+    CE      24.03 ± 0.14
+    KD      32.03 ± 0.44
+    SP      27.30 ± 0.40
+    SP+KD   36.01 ± 0.24
 
 Differs from the paper and from other code:
  1. Rows are divided by their L2 norm, after the product. (torchdistill's rows are divided by their
