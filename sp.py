@@ -44,7 +44,8 @@ Differs from the paper and from other code:
  4. The result is the last epoch, of each seed. The baseline KD is ce + kd; RepDistiller's KD rows
     are 0.1 ce + 0.9 kd.
  5. CC is taken of the embeddings; its paper learns a layer for it. Intra is ours. Their weights are
-    ours too: terms of the size of SP's for a trained teacher and an untrained student.
+    ours too: terms of the size of SP's for a trained teacher and an untrained student
+    (results/sizes.json).
 
 Note: the method is covered by US patent 11636337B2; check before commercial use.
 """
@@ -128,7 +129,7 @@ def sp_loss(student_map: torch.Tensor, teacher_map: torch.Tensor) -> torch.Tenso
 
     student_map, teacher_map [B,...]: same B, two or more; the rest may differ and is flattened.
     G: Gram matrix of the batch, rows divided by their L2 norms. Usual weight 3000 at B = 64: the
-    value starts near 1e-3 and falls as 1/B. Source: arXiv 1907.09682.
+    value starts near 0.0015 and falls as 1/B. Source: arXiv 1907.09682.
     """
     _same_batch(student_map, teacher_map)
     g_s = _similarities(_full(student_map).flatten(1))  # [B,B]
@@ -143,7 +144,7 @@ def cc_loss(
 
     [B,...], flattened; x are the rows as unit vectors, so that K_ij = exp(-2 gamma)
     exp(2 gamma x_i.x_j), whose second factor is expanded (Taylor) up to `order`. A zero row is
-    unlike all others. Weight 100 here: the value starts at 0.01 to 0.05, at any B. Source: Peng et
+    unlike all others. Weight 100 here: the value starts at 0.005 to 0.06, at any B. Source: Peng et
     al., ICCV 2019, arXiv 1904.01802.
     """
     _same_batch(student_emb, teacher_emb)

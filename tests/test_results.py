@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import common
+import kd2m
+import sp
 
 ROOT = Path(common.__file__).parent
 
@@ -80,3 +82,19 @@ def test_readme_speed_and_differences_are_those_of_the_results():
     top1 = {(r["method"], r["seed"]): r["student_top1"] for r in load("results/cifar100-*.json")}
     gains = [f"{top1['KD++', seed] - top1['KD', seed]:.1f}" for seed in (0, 1, 2)]
     assert f"(by {gains[0]}, {gains[1]} and {gains[2]} points)" in text
+
+
+def test_default_weights_and_printed_sizes_are_those_measured():
+    """What the docstrings say of values before training, and of the weights taken from them."""
+    sizes = load("results/sizes.json")[0]["sizes"]
+    default = sizes["resnet20"]
+    assert default["ce"] == pytest.approx(4.8, abs=0.05)
+    terms = {name: kd2m.WEIGHTS[name] * default[name] for name in kd2m.METRICS}
+    assert all(1.5 <= term <= 7.3 for term in terms.values()), terms
+    relations = {name: weight * default[name] for name, (_, weight) in sp.RELATIONS.items()}
+    assert all(4 <= term <= 6 for term in relations.values()), relations
+    assert default["sp"] == pytest.approx(0.0015, rel=0.1)
+    assert default["intra"] == pytest.approx(0.005, rel=0.1)
+    assert default["at 32x32"] == pytest.approx(3e-4, rel=0.2)
+    assert default["at 8x8"] == pytest.approx(1e-2, rel=0.2)
+    assert all(0.0049 <= of["cc"] <= 0.06 for of in sizes.values())
