@@ -1293,7 +1293,7 @@ class Run:
             "teacher_hash": teacher and teacher.hash,
             "train_images": len(data.train),
             "val_images": len(data.val),
-            "bad_images": len(data.bad),
+            "bad_images": data.bad,
             "data_hash": data.fingerprint,
             "student_ap": last["AP"],
             "ap": {name: last[name] for name in AP_NAMES},
@@ -1661,17 +1661,14 @@ class DetectionData:
     """A detection set. Label 0 is the background.
 
     classes: a name for every label, "N/A" for a gap. category_ids: the files' number of a label.
-    truth: the validation split's annotations, whole, as the evaluator wants them.
+    truth: the validation split's annotations, whole, as the evaluator wants them. bad: how many
+    images --skip-bad-images left out.
     """
 
-    def __init__(self, train, val, truth, classes, category_ids, fingerprint, args, device):
+    def __init__(self, train, val, truth, classes, category_ids, bad, fingerprint, workers, device):
         self.train, self.val, self.truth, self.device = train, val, truth, device
         self.classes, self.category_ids, self.num_classes = classes, category_ids, len(classes)
-        self.fingerprint, self.workers = fingerprint, args.workers
-        if self.workers is None:
-            affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-            self.workers = min(8, len(affinity(0)) if affinity else os.cpu_count())
-        self.skip_bad_images, self.bad = args.skip_bad_images, {}
+        self.bad, self.fingerprint, self.workers = bad, fingerprint, workers
 
     def steps(self, batch_size: int) -> int:
         """Batches in a shuffled pass."""
@@ -1699,43 +1696,28 @@ class DetectionData:
         order = torch.randperm(len(batches), generator=rng).tolist()
         return [[(i, flips[i]) for i in batches[k]] for k in order]
 
-    def batches(self, split: str, batch_size: int, seed: int | None = None, limit=None):
+    def batches(
+        self, split, batch_size: int, seed: int | None = None, limit=None, part=slice(None)
+    ):
         """One pass, decoded by worker processes: (images, targets, image ids) of a batch.
 
         images: list of [3,H,W] in 0..1. targets: list of {"boxes", "labels"}, as torchvision's
         detectors take them. With a seed: shuffled, flipped with probability 1/2; the same seed
-        gives the same batches, whatever the workers. limit: the first so many images.
+        gives the same batches, whatever the workers. limit: the first so many images. part: of the
+        pass, such as slice(3, None) to go on after three batches.
         """
         samples = getattr(self, split)[:limit]
-        loader = torch.utils.data.DataLoader(
-            _Decoder(samples),
-            batch_sampler=self._batches(samples, batch_size, seed),
-            num_workers=self.workers,
-            collate_fn=list,
-            worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # its own, or it would draw from the run's
-        )
-        for decoded in loader:
-            batch = [self._checked(image, sample) for image, sample in decoded]
-            batch = [pair for pair in batch if pair]
-            if not batch or (seed is not None and len(batch) == 1 < len(decoded)):
-                continue
+        plan = self._batches(samples, batch_size, seed)[part]
+        for batch in _decoded_batches(samples, plan, self.workers):
+            for image, _ in batch:
+                if not torch.is_tensor(image):
+                    raise UserError(f"{image}; or leave such images out with --skip-bad-images")
             images = [image.to(self.device).float().div_(255) for image, _ in batch]
             targets = [
                 {"boxes": s.boxes.to(self.device), "labels": s.labels.to(self.device)}
                 for _, s in batch
             ]
             yield images, targets, [s.image_id for _, s in batch]
-
-    def _checked(self, image, sample):
-        if torch.is_tensor(image):
-            return image, sample
-        if not self.skip_bad_images:
-            raise UserError(f"{image}; or leave such images out with --skip-bad-images")
-        if sample.image_id not in self.bad:
-            print(f"note: {image}: left out ({len(self.bad) + 1} so far)", file=sys.stderr)
-            self.bad[sample.image_id] = image
-        return None
 
 
 class _Decoder(torch.utils.data.Dataset):
@@ -1764,6 +1746,30 @@ class _Decoder(torch.utils.data.Dataset):
             boxes = torch.stack([sample.width - x2, y1, sample.width - x1, y2], 1)
             image, sample = image.flip(2), sample._replace(boxes=boxes)
         return image.contiguous(), sample
+
+
+def _decoded_batches(samples, plan, workers):
+    """For each list of keys in the plan, the list of what _Decoder makes of them."""
+    return torch.utils.data.DataLoader(
+        _Decoder(samples),
+        batch_sampler=plan,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # its own, or it would draw from the run's
+    )
+
+
+def _readable(samples, workers):
+    """Those that can be decoded; the others are named. A pass of its own, so that the batches are
+    full and a resumed run counts them alike."""
+    plan, good = [[(i, False)] for i in range(len(samples))], []
+    for sample, [(image, _)] in zip(samples, _decoded_batches(samples, plan, workers)):
+        if torch.is_tensor(image):
+            good.append(sample)
+        else:
+            print(f"note: {image}: left out", file=sys.stderr)
+    return good
 
 
 def _ignore_signals(_worker):
@@ -1809,10 +1815,20 @@ def _load_detection_data(args, root, splits, device):
         ids = [None, *sorted(categories)]
         classes = ["__background__", *(categories[i] for i in ids[1:])]
     label_of = {category: label for label, category in enumerate(ids) if category in categories}
-    read = []
+    workers = args.workers
+    if workers is None:
+        affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+        workers = min(8, len(affinity(0)) if affinity else os.cpu_count())
+    read, bad = [], 0
     for split, (_, images, boxes) in zip(splits, tables):
-        read.append(_read_split(root / split, images, boxes, label_of, args.skip_bad_images))
-        digest.update(repr([sample.image_id for sample in read[-1]]).encode())
+        samples = _read_split(root / split, images, boxes, label_of, args.skip_bad_images)
+        if args.skip_bad_images:
+            samples = _readable(samples, workers)
+            bad += len(images) - len(samples)
+        digest.update(repr([sample.image_id for sample in samples]).encode())
+        read.append(samples)
+    if bad:
+        print(f"note: {bad} bad images are left out", flush=True)
     train = [sample for sample in read[0] if len(sample.labels)]
     if len(train) < len(read[0]):
         print(f"note: {splits[0]}: {len(read[0]) - len(train)} images without boxes are left out")
@@ -1827,7 +1843,7 @@ def _load_detection_data(args, root, splits, device):
     if not any(not box["iscrowd"] for box in truth["annotations"]):
         raise UserError(f"{splits[1]}: no boxes to compare with; AP needs some")
     fingerprint = digest.hexdigest()[:16]
-    return DetectionData(train, read[1], truth, classes, ids, fingerprint, args, device)
+    return DetectionData(train, read[1], truth, classes, ids, bad, fingerprint, workers, device)
 
 
 def _read_table(path, content):
@@ -2151,27 +2167,26 @@ AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 @torch.no_grad()
-def detect(model: nn.Module, data: DetectionData, args) -> tuple[list[dict], list[int]]:
-    """Its detections on the validation split, in COCO's format, and the ids of the images seen."""
+def detect(model: nn.Module, data: DetectionData, args) -> list[dict]:
+    """Its detections on the validation split, in COCO's format. Leaves the model in eval mode."""
     model.eval()
-    found, seen = [], []
+    found = []
     for images, _, image_ids in data.batches("val", args.batch_size):
         with autocast(args, data.device):
             results = model(images)
-        seen += image_ids
         for image_id, result in zip(image_ids, results):
             boxes = torchvision.ops.box_convert(result["boxes"].float(), "xyxy", "xywh").tolist()
             scored = zip(boxes, result["labels"].tolist(), result["scores"].tolist())
             for box, label, score in scored:
                 category = data.category_ids[label]
                 found.append(dict(image_id=image_id, category_id=category, bbox=box, score=score))
-    return found, seen
+    return found
 
 
-def coco_ap(truth: dict, found: list[dict], image_ids: list[int]) -> tuple[dict, dict]:
+def coco_ap(truth: dict, found: list[dict]) -> tuple[dict, dict]:
     """AP, AP50, AP75, APs, APm, APl in %, by faster-coco-eval; and AP by category id.
 
-    None: there is nothing of that size or class to find among these images.
+    None: there is nothing of that size or class to find.
     """
     try:
         from faster_coco_eval import COCO, COCOeval_faster
@@ -2179,7 +2194,6 @@ def coco_ap(truth: dict, found: list[dict], image_ids: list[int]) -> tuple[dict,
         raise UserError("detection needs faster-coco-eval: pip install faster-coco-eval") from None
     coco = COCO(truth)
     evaluator = COCOeval_faster(coco, coco.loadRes([dict(d) for d in found]), "bbox")
-    evaluator.params.imgIds = sorted(image_ids)
     evaluator.evaluate()
     evaluator.accumulate()
     evaluator.summarize()
@@ -2195,14 +2209,8 @@ def coco_ap(truth: dict, found: list[dict], image_ids: list[int]) -> tuple[dict,
 
 
 def evaluate_detector(model: nn.Module, data: DetectionData, args) -> dict:
-    """AP and its kin on the validation split, %. Leaves the model in eval mode."""
-    found, image_ids = detect(model, data, args)
-    if not image_ids:
-        raise UserError("none of the validation images can be read")
-    scores, _ = coco_ap(data.truth, found, image_ids)
-    if scores["AP"] is None:
-        raise UserError("the validation images that can be read have no boxes; AP needs some")
-    return scores
+    """AP and its kin on the validation split, %."""
+    return coco_ap(data.truth, detect(model, data, args))[0]
 
 
 def ap_line(scores: dict) -> str:
@@ -2222,7 +2230,7 @@ class DetectionMeter(Meter):
             raise UserError(
                 f"the loss term {' and '.join(names)} became infinite or nan in epoch"
                 f" {self.epoch + 1}, images {', '.join(map(str, image_ids))}: lower --lr or the"
-                " term's weight, or look at these images; last.pt holds the end of the epoch before"
+                " term's weight, or look at these images; last.pt holds an earlier state"
             )
         self.sums = self.sums + values.double() * len(image_ids)
         self.images += len(image_ids)
@@ -2241,8 +2249,6 @@ class DetectionMeter(Meter):
         return dict(zip(self.names, (self.sums / self.images).tolist()))
 
     def close(self) -> dict:
-        if not self.images:
-            raise UserError("none of the training images can be read")
         seconds = time.perf_counter() - self.start
         return {
             "epoch": self.epoch + 1,
@@ -2436,12 +2442,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--compile", action="store_true", help="torch.compile both networks: slow start, for a GPU")
     add("--workers", type=positive_int, metavar="N", help="threads that decode a tree (all cores)")
-    add("--save-minutes", type=positive, default=15.0, metavar="X", help="save within an epoch, as"
-        " well as at its end, when so many have passed (15)")  # fmt: skip
     _add_file_arguments(add)
 
 
 def _add_file_arguments(add) -> None:
+    add("--save-minutes", type=positive, default=15.0, metavar="X", help="save within an epoch, as"
+        " well as at its end, when so many have passed (15)")  # fmt: skip
     add("--out", metavar="DIR", help="folder of the run (runs/<script>-<teacher>-<student>-...)")
     add("--resume", action="store_true", help="go on where a stopped run left off")
     add("--deterministic", action="store_true", help="the same bits in every run on a GPU; slower")

@@ -244,8 +244,6 @@ def region_class_means(teacher: nn.Module, batches, num_classes: int):
         zeros = emb.new_zeros(num_classes, emb.shape[1], dtype=torch.float64)
         sums = sums + zeros.index_add_(0, labels, emb.double())
         counts = counts + labels.bincount(minlength=num_classes)
-    if not torch.is_tensor(counts):
-        raise UserError("class means: none of the training images can be read")
     return (sums / counts.clamp_min(1)[:, None]).float(), counts
 
 
@@ -436,8 +434,9 @@ def main(args) -> dict:
         helpers.train()
         meter = DetectionMeter(epoch, args.epochs, len(data.train))
         shuffle = args.seed * 100_003 + epoch  # another for every seed and epoch
-        batches = data.batches("train", args.batch_size, shuffle)
-        for step, (images, targets, image_ids) in enumerate(batches):
+        left = slice(run.step, None)
+        batches = data.batches("train", args.batch_size, shuffle, part=left)
+        for step, (images, targets, image_ids) in run.steps(batches, steps, meter, state):
             # Schedule: lr / 10 at 120 and 160 of 180 parts of the run; at first it grows linearly.
             done = epoch * steps + step
             lr = args.lr / 10 ** sum(180 * done >= drop * total for drop in (120, 160))
@@ -496,7 +495,7 @@ def print_ap(args) -> None:
     device = pick_device(args.device)
     data = load_detection_data(args, device)
     student = load_detector(args.student, data.num_classes, args, args.eval).to(device)
-    scores, by_class = coco_ap(data.truth, *detect(student, data, args))
+    scores, by_class = coco_ap(data.truth, detect(student, data, args))
     print(f"{args.student} from {args.eval}: {ap_line(scores)}")
     if args.per_class:
         for category, ap in by_class.items():

@@ -360,19 +360,17 @@ def test_ap_is_pycocotools(capsys):
     theirs = pycocotools.COCO()
     theirs.dataset = json.loads(json.dumps(truth))
     theirs.createIndex()
-    for ids in (list(range(7)), list(range(12))):  # a part of the images, and all
-        evaluator = COCOeval(theirs, theirs.loadRes([dict(d) for d in found]), "bbox")
-        evaluator.params.imgIds = ids
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-        wanted = [100 * v for v in evaluator.stats[:6]]
-        scores, by_class = common.coco_ap(truth, found, ids)
-        assert list(scores.values()) == pytest.approx(wanted, abs=2e-3) and 5 < scores["AP"] < 95
+    evaluator = COCOeval(theirs, theirs.loadRes([dict(d) for d in found]), "bbox")
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summarize()
+    wanted = [100 * v for v in evaluator.stats[:6]]
+    scores, by_class = common.coco_ap(truth, found)
+    assert list(scores.values()) == pytest.approx(wanted, abs=2e-3) and 5 < scores["AP"] < 95
     precision = evaluator.eval["precision"][:, :, :, 0, -1]
     for k, category in enumerate((0, 4, 9)):
         assert by_class[category] == pytest.approx(100 * precision[:, :, k].mean(), abs=2e-3)
-    nothing, _ = common.coco_ap(truth, [], list(range(12)))
+    nothing, _ = common.coco_ap(truth, [])
     assert nothing["AP"] == 0
 
 
@@ -525,11 +523,60 @@ def test_resume_equals_uninterrupted(quick, monkeypatch):
     with monkeypatch.context() as patch:
         stop_in(patch, 3)
         assert run(command, "parts") == 128 + signal.SIGTERM
+    saved = torch.load("parts/last.pt", weights_only=True)
+    assert (saved["epoch"], saved["step"]) == (1, 1)
+    with monkeypatch.context() as patch:
+        seen = count_steps(patch)
+        assert run(command, "parts", "--resume") == 0
+    assert len(seen) == 1  # the step that was left
+    assert_ended_alike("whole", "parts", epochs=2)
+
+
+def assert_ended_alike(*runs, epochs):
+    assert same(*(weights(f"{d}/student.pt") for d in runs))
+    timeless = [[{k: v for k, v in x.items() if k not in TIMES} for x in lines(d)] for d in runs]
+    assert timeless[0] == timeless[1] and len(timeless[0]) == epochs
+
+
+def count_steps(monkeypatch):
+    seen, add = [], common.DetectionMeter.add
+    monkeypatch.setattr(
+        common.DetectionMeter,
+        "add",
+        lambda meter, terms, ids: seen.append(ids) or add(meter, terms, ids),
+    )
+    return seen
+
+
+def test_resume_within_an_epoch_with_bad_images(quick, monkeypatch, capsys):
+    """From what --save-minutes left behind: 7 of 9 images are good: 3 batches of 2."""
+    assert parsed().save_minutes == 15
+    scenes = common.draw_scenes(Path("drawn"), 64)
+    torn = scenes / "train2017/000004.png"
+    torn.write_bytes(torn.read_bytes()[:300])
+    (scenes / "train2017/000007.png").unlink()
+    command = quick.replace("--dataset shapes --data-dir drawn", f"--data-dir {scenes}")
+    command = command.replace("--train-size 8 --batch-size 4", "--batch-size 2 --workers 0")
+    command = command.replace("--out o", "") + " --lr 0.02 --smallest-anchor 16 --skip-bad-images"
+    command += " --save-minutes 1e-9 --no-pretrained-backbone --out"
+    assert run(command, "whole") == 0
+    captured = capsys.readouterr()
+    assert "000004.png: cannot be read" in captured.err and "2 bad images" in captured.out
+    assert result("whole")["bad_images"] == 2 and result("whole")["train_images"] == 7
+    save = common.Run._save
+
+    def killed(self, objects, step=0, meter=None):
+        save(self, objects, step, meter)
+        if step == 2:
+            raise common.Stopped(signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "_save", killed)
+        assert run(command, "parts") == 128 + signal.SIGKILL
+    seen = count_steps(monkeypatch)
     assert run(command, "parts", "--resume") == 0
-    assert same(weights("whole/student.pt"), weights("parts/student.pt"))
-    timeless = [[{k: v for k, v in x.items() if k not in TIMES} for x in lines(d)]
-                for d in ("whole", "parts")]  # fmt: skip
-    assert timeless[0] == timeless[1] and len(timeless[0]) == 2
+    assert len(seen) == 1 and len(seen[0]) == 2
+    assert_ended_alike("whole", "parts", epochs=1)
 
 
 def test_compare_and_plot_and_predict(quick, capsys):
@@ -618,7 +665,11 @@ def test_a_bad_data_set_ends_in_one_line_and_status_2(coco, what, words, capsys,
         args.skip_bad_images = True
         assert common.run_program(lambda _: detect_nd.main(args)) == 0
         captured = capsys.readouterr()
-        assert ("1 missing images" in captured.out) or ("left out (1 so far)" in captured.err)
+        assert "note: 1 bad images are left out" in captured.out and result("o")["bad_images"] == 1
+        named = re.findall(
+            r"note: coco/train2017/(1\d)\.\w+: (?:is|cannot)\b.*: left out", captured.err
+        )
+        assert named == {"missing image": [], "torn image": ["11"], "other size": ["10"]}[what]
 
 
 BAD = {
