@@ -1975,8 +1975,11 @@ def draw_scenes(root: Path, size: int) -> Path:
             table = dict(images=images, annotations=annotations, categories=categories)
             path = half_done / "annotations" / f"instances_{split}.json"
             path.write_text(json.dumps(table))
-        with contextlib.suppress(FileExistsError):  # another process was faster
+        try:
             half_done.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
     finally:
         shutil.rmtree(half_done, ignore_errors=True)
     return folder
@@ -2093,7 +2096,8 @@ def hopeless(ap: float) -> bool:
 
 
 DETECTOR_RECIPE = ("student", "epochs", "seed", "precision", "image_size", "smallest_anchor")
-DETECTOR_RECIPE += ("regions", "fpn_width", "pretrained_backbone", "script", *TEACHER_OPTIMIZER)
+DETECTOR_RECIPE += ("regions", "fpn_width", "pretrained_backbone", "iterations", "script")
+DETECTOR_RECIPE += TEACHER_OPTIMIZER
 
 
 def get_teacher_detector(args, data: DetectionData, train) -> TeacherDetector:
@@ -2106,7 +2110,9 @@ def get_teacher_detector(args, data: DetectionData, train) -> TeacherDetector:
         path = Path(f"checkpoints/detect-{args.dataset}_{args.teacher}.pt")
         new = vars(args) | dict(student=args.teacher, teacher=None, teacher_ckpt=None, plot=())
         new |= {k: 0.0 for k in vars(args) if k in ("nd_weight", "kd_weight", "reviewkd_weight")}
-        new |= dict(seed=0, epochs=args.teacher_epochs, method="teacher", resume=False)
+        new |= dict(seed=0, method="teacher", resume=False)
+        if args.teacher_epochs:
+            new |= dict(epochs=args.teacher_epochs, iterations=None)
         new |= dict(out=f"runs/teacher-detect-{args.dataset}-{args.teacher}")
         new = _resumed_if_begun(argparse.Namespace(**new), data)
         recipe = {name: getattr(new, name, None) for name in DETECTOR_RECIPE}
@@ -2219,7 +2225,10 @@ def ap_line(scores: dict) -> str:
 
 
 class DetectionMeter(Meter):
-    """Meter without a training accuracy; a term that is not finite ends the run at its step."""
+    """Meter without a training accuracy; a term that is not finite ends the run at its step.
+
+    Its last argument: the images from the epoch's start to the end of the run.
+    """
 
     def add(self, terms: dict, image_ids: list[int]) -> None:
         terms = {name: value for name, value in terms.items() if torch.is_tensor(value)}
@@ -2237,7 +2246,7 @@ class DetectionMeter(Meter):
         self._show()
 
     def _line(self, seconds):
-        left = (self.total * (self.epochs - self.epoch) - self.images) / self.images
+        left = max(0, self.total - self.images) / self.images
         left *= time.perf_counter() - self.start
         means = "  ".join(f"{name} {value:#.3g}" for name, value in self._term_means().items())
         rate = self.images / seconds

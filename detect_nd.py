@@ -36,6 +36,7 @@ Differs from the paper and its code:
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -353,6 +354,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     add = parser.add_argument_group("recipe (settings in brackets: COCO; shapes)").add_argument
     add("--epochs", type=positive_int, metavar="N", help="drops scale along (12; 6)")
+    add("--iterations", type=positive_int, metavar="N", help="steps, in the place of --epochs")
     add("--teacher-epochs", type=positive_int, metavar="N", help="if it is trained (--epochs)")
     add("--batch-size", type=positive_int, metavar="N", help="images (8; 4)")
     add("--lr", type=positive, metavar="X", help="lower it if the first epoch diverges (0.01 for 8"
@@ -370,12 +372,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_detection_arguments(parser)
     args = parser.parse_args(argv)
     args.script = "detect_nd"
+    if args.epochs and args.iterations:
+        raise UserError("--epochs and --iterations: give the length of training once")
     for name, value in OPEN[args.dataset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.train_teacher |= args.dataset == "shapes"
     args.lr = args.lr or (0.02 if args.dataset == "shapes" else 0.01 * args.batch_size / 8)
-    args.teacher_epochs = args.teacher_epochs or args.epochs
     args.plot = ("detections.png",) if args.plot else ()
     if args.predict and not args.eval:
         raise UserError("--predict: say with whose weights: --eval runs/.../student.pt")
@@ -395,11 +398,15 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(args) -> dict:
     """One run, from data to result. With args.teacher None and every weight 0 it is the plain
     detector: so is the teacher trained."""
+    device = pick_device(args.device)
+    data = load_detection_data(args, device)
+    steps = data.steps(args.batch_size)
+    if args.iterations:  # the last epoch is cut short
+        args.epochs = math.ceil(args.iterations / steps)
+    total = args.iterations or args.epochs * steps
     run = Run(args)
     if run.done:  # --resume of a finished run
         return run.done
-    device = pick_device(args.device)
-    data = load_detection_data(args, device)
 
     # Student. Seeded here, so that its start does not depend on what happened before. The helper is
     # trained beside it and thrown away afterwards.
@@ -426,17 +433,17 @@ def main(args) -> dict:
 
     state = {"student": student, "helpers": helpers, "optimizer": optimizer}
     state |= {"data": data.fingerprint, "teacher": teacher and teacher.hash}
-    first_epoch, steps = run.restore(**state), data.steps(args.batch_size)
-    total = args.epochs * steps
     warm_up = min(1000, total // 10)
-    for epoch in range(first_epoch, args.epochs):
+    for epoch in range(run.restore(**state), args.epochs):
         student.train()
         helpers.train()
-        meter = DetectionMeter(epoch, args.epochs, len(data.train))
+        todo = total - epoch * steps
+        meter = DetectionMeter(epoch, args.epochs, args.batch_size * todo)
         shuffle = args.seed * 100_003 + epoch  # another for every seed and epoch
-        left = slice(run.step, None)
-        batches = data.batches("train", args.batch_size, shuffle, part=left)
-        for step, (images, targets, image_ids) in run.steps(batches, steps, meter, state):
+        last = min(steps, todo)
+        part = slice(run.step, last)
+        batches = data.batches("train", args.batch_size, shuffle, part=part)
+        for step, (images, targets, image_ids) in run.steps(batches, last, meter, state):
             # Schedule: lr / 10 at 120 and 160 of 180 parts of the run; at first it grows linearly.
             done = epoch * steps + step
             lr = args.lr / 10 ** sum(180 * done >= drop * total for drop in (120, 160))

@@ -3,8 +3,10 @@
 import ast
 import json
 import math
+import os
 import re
 import shlex
+import shutil
 import signal
 from pathlib import Path
 
@@ -315,10 +317,17 @@ def test_batches_hold_images_of_one_orientation(few_scenes):
     assert data.steps(4) == 2  # one over: left out
 
 
-def test_scenes_are_drawn_once_and_alike(few_scenes):
+def test_scenes_are_drawn_once_and_alike(few_scenes, monkeypatch):
     folder = common.draw_scenes(Path("a"), 64)
     before = (folder / "annotations/instances_val2017.json").stat().st_mtime_ns
     again, other = common.draw_scenes(Path("a"), 64), common.draw_scenes(Path("b"), 64)
+    with monkeypatch.context() as patch:  # two processes at once: the other is faster
+        write = Path.rename
+        patch.setattr(
+            Path, "rename", lambda old, new: shutil.copytree(old, new) and write(old, new)
+        )
+        both = common.draw_scenes(Path("c"), 64)
+    assert len(list(both.rglob("*.png"))) == 12 and os.listdir("c") == [both.name]
     assert (again / "annotations/instances_val2017.json").stat().st_mtime_ns == before
     names = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
     assert len(names) == 9 + 3 + 2
@@ -548,6 +557,22 @@ def count_steps(monkeypatch):
     return seen
 
 
+def test_iterations_end_within_an_epoch_and_resume(quick, monkeypatch):
+    command = quick.replace("--epochs 1 --out o", "--iterations 3 --lr 0.02") + " --out"
+    with monkeypatch.context() as patch:
+        seen = count_steps(patch)
+        assert run(command, "whole") == 0
+    assert [len(ids) for ids in seen] == [4, 4, 4]
+    # the drops at 2/3 and 8/9 of the three steps: before the third
+    assert [line["lr"] for line in lines("whole")] == pytest.approx([0.02, 0.002])
+    assert result("whole")["epochs"] == 2 and result("whole")["args"]["iterations"] == 3
+    with monkeypatch.context() as patch:
+        stop_in(patch, 1)
+        assert run(command, "parts") == 128 + signal.SIGTERM
+    assert run(command, "parts", "--resume") == 0
+    assert_ended_alike("whole", "parts", epochs=2)
+
+
 def test_resume_within_an_epoch_with_bad_images(quick, monkeypatch, capsys):
     """From what --save-minutes left behind: 7 of 9 images are good: 3 batches of 2."""
     assert parsed().save_minutes == 15
@@ -687,6 +712,8 @@ BAD = {
     "--eval teacher.pth --predict absent.png": "absent.png",
     "--resume": "nothing to resume",
     "--seed -1": "--seed",
+    "--iterations 3": "--epochs and --iterations",
+    "--iterations 0": "--iterations",
     "--dataset coco": "--data-dir: cannot read drawn/annotations/instances_train2017.json",
 }
 
