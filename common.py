@@ -2480,7 +2480,7 @@ def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
         "--skip-bad-images", action="store_true", help="leave out what cannot be read, and count it"
     )
     add("--image-size", type=image_size, metavar="N", help="short side (trained at 640 to 800,"
-        " tested at 800; shapes 96)")  # fmt: skip
+        " tested at 800; shapes 64)")  # fmt: skip
     add("--smallest-anchor", type=positive_int, metavar="N", help="side in pixels; the other four"
         " levels double it (32; shapes 16)")  # fmt: skip
     add("--train-size", type=positive_int, metavar="N", help="train on N images (all)")

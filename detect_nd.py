@@ -324,12 +324,13 @@ def method_name(args) -> str:
 # starts from scratch.
 OPEN = {
     "coco": {
-        **dict(epochs=12, batch_size=8, regions=512, fpn_width=256, smallest_anchor=32),
-        **dict(pretrained_backbone=True),
+        **dict(teacher="resnet50", student="resnet18", epochs=12, batch_size=8, regions=512),
+        **dict(fpn_width=256, smallest_anchor=32, pretrained_backbone=True),
     },
     "shapes": {
-        **dict(epochs=6, batch_size=4, regions=32, fpn_width=64, smallest_anchor=16),
-        **dict(pretrained_backbone=False, image_size=96, workers=0),
+        **dict(teacher="resnet18", student="mobilenet_v2", epochs=3, batch_size=4, regions=32),
+        **dict(fpn_width=64, smallest_anchor=16, pretrained_backbone=False, lr=0.01),
+        **dict(image_size=64, workers=0),
     },
 }
 
@@ -339,8 +340,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     backbone = one_of("backbone", list(DETECTORS))
 
     add = parser.add_argument_group("method (weights: the paper's for the pair)").add_argument
-    add("--teacher", type=backbone, default="resnet50", metavar="NAME", help=", ".join(DETECTORS))
-    add("--student", type=backbone, default="resnet18", metavar="NAME", help="(resnet18)")
+    names = ", ".join(DETECTORS)
+    add("--teacher", type=backbone, metavar="NAME", help=f"{names} (resnet50; shapes: resnet18)")
+    add("--student", type=backbone, metavar="NAME", help="(resnet18; shapes: mobilenet_v2)")
     add("--base", choices=("kd", "reviewkd"), default="kd", help="the loss that ND joins (kd)")
     add("--nd-weight", type=weight, metavar="X", help="of ND; 0 gives the base method alone")
     add("--kd-weight", type=weight, metavar="X", help="of KD on the regions' logits, at T = 1")
@@ -353,12 +355,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--class-means-images", type=positive_int, metavar="N", help="enough for the means (all)")
 
     add = parser.add_argument_group("recipe (settings in brackets: COCO; shapes)").add_argument
-    add("--epochs", type=positive_int, metavar="N", help="drops scale along (12; 6)")
+    add("--epochs", type=positive_int, metavar="N", help="drops scale along (12; 3)")
     add("--iterations", type=positive_int, metavar="N", help="steps, in the place of --epochs")
     add("--teacher-epochs", type=positive_int, metavar="N", help="if it is trained (--epochs)")
     add("--batch-size", type=positive_int, metavar="N", help="images (8; 4)")
     add("--lr", type=positive, metavar="X", help="lower it if the first epoch diverges (0.01 for 8"
-        " images, in proportion; 0.02)")  # fmt: skip
+        " images, in proportion; 0.01)")  # fmt: skip
     add("--momentum", type=below_one, default=0.9, metavar="X", help="(0.9)")
     add("--weight-decay", type=weight, default=1e-4, metavar="X", help="(0.0001)")
     add("--regions", type=positive_int, metavar="N", help="sampled in an image (512; 32)")
@@ -378,7 +380,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.train_teacher |= args.dataset == "shapes"
-    args.lr = args.lr or (0.02 if args.dataset == "shapes" else 0.01 * args.batch_size / 8)
+    args.lr = args.lr or 0.01 * args.batch_size / 8
     args.plot = ("detections.png",) if args.plot else ()
     if args.predict and not args.eval:
         raise UserError("--predict: say with whose weights: --eval runs/.../student.pt")

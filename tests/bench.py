@@ -2,16 +2,19 @@
 
     python tests/bench.py                     resnet56 -> resnet20, batch 128
     python tests/bench.py --json results/bench.json
+    python tests/bench.py --detection --json results/bench.json     detect_nd.py alone
 
 The bare step is the student's forward and backward, the teacher's forward and the optimizer on
 tensors that are ready: no loading, augmentation, distillation loss, metrics or schedule. Rounds of
 bare steps and of real runs alternate, so that a noisy machine slows both; compare ratios, not
-rates. Nothing here is a test: timings do not belong in tests.
+rates. For detect_nd.py the bare step is the plain detector's, and the teacher's backbone and box
+branch on the same regions. Nothing here is a test: timings do not belong in tests.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import statistics
@@ -26,6 +29,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import dcd
+import detect_nd
 import nd
 import sp
 
@@ -35,7 +39,8 @@ parser.add_argument("--student", default="resnet20")
 parser.add_argument("--batch-size", type=int, default=128)
 parser.add_argument("--steps", type=int, default=10)
 parser.add_argument("--rounds", type=int, default=5)
-parser.add_argument("--json", type=Path)
+parser.add_argument("--detection", action="store_true", help="only that part")
+parser.add_argument("--json", type=Path, help="written, or its part of what is in there")
 options = parser.parse_args()
 device = common.pick_device("auto")
 images = torch.randn(options.batch_size, 3, 32, 32, device=device)
@@ -89,6 +94,10 @@ def real_rate(script, arguments):
     command = f"--dataset shapes --teacher {options.teacher} --student {options.student} --epochs 2"
     command += f" --train-size {options.batch_size * options.steps} --teacher-ckpt teacher.pth"
     command += f" --batch-size {options.batch_size} --out o {arguments}"
+    return last_epochs_rate(script, command)
+
+
+def last_epochs_rate(script, command):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         script.program(command.split())
     return json.loads(Path("o/metrics.jsonl").read_text().splitlines()[-1])["images_per_second"]
@@ -179,11 +188,77 @@ def main():
     }
 
 
+def detection():
+    """Runs of detect_nd.py on drawn scenes against the plain detector's bare step."""
+    args = detect_nd.parse_args(["--dataset", "shapes"])
+    data = common.load_detection_data(args, device)
+    torch.manual_seed(0)
+    student, teacher = (
+        common.build_detector(name, data.num_classes, args) for name in (args.student, args.teacher)
+    )
+    torch.save(teacher.state_dict(), "detector.pth")
+    student, teacher = student.to(device).train(), teacher.to(device).eval().requires_grad_(False)
+    optimizer = torch.optim.SGD(student.parameters(), 0.001, 0.9, weight_decay=1e-4)
+    batches = itertools.cycle(itertools.islice(data.batches("train", args.batch_size, 0), 10))
+
+    def step(with_teacher):
+        losses, seen = detect_nd.training_pass(student, *next(batches)[:2])
+        if with_teacher:
+            with torch.no_grad():
+                maps = teacher.backbone(seen.pixels)
+                detect_nd.box_branch(teacher, maps, seen.boxes, seen.sizes)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+
+    bare = {"plain step and teacher forward": True, "plain step": False}
+    real = {
+        "plain": "--nd-weight 0 --kd-weight 0",
+        "KD": "--nd-weight 0",
+        "KD++": "",
+        "ReviewKD++": "--base reviewkd",
+    }
+    command = "--dataset shapes --teacher-ckpt detector.pth --epochs 2 --out o"
+    command += f" --train-size {args.batch_size * options.steps}"
+    common.hopeless = lambda ap: False
+    nothing = dict.fromkeys(common.AP_NAMES, 0.0)  # the rate is of training
+    common.evaluate_detector = detect_nd.evaluate_detector = lambda *_: nothing
+    rates = {name: [] for name in (*bare, *real)}
+    for with_teacher in bare.values():
+        step(with_teacher)  # the first one chooses algorithms
+    for _ in range(options.rounds):
+        for name, with_teacher in bare.items():
+            time_of_step = seconds(lambda: step(with_teacher), options.steps)  # noqa: B023
+            rates[name].append(args.batch_size / time_of_step)
+        for name, weights in real.items():
+            rates[name].append(last_epochs_rate(detect_nd, f"{command} {weights}"))
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    reference = median["plain step and teacher forward"]
+    what = f"{args.teacher} -> {args.student}, {args.image_size} pixels, batch {args.batch_size}"
+    print(f"detection: {what}, {common.device_name('auto')}")
+    for name, value in median.items():
+        low, high = min(rates[name]), max(rates[name])
+        print(f"{name:38s}{value:9.1f}  {value / reference:6.3f}   ({low:.1f} to {high:.1f})")
+    print(f"peak memory {common.peak_memory_mb('auto')} MB")
+    return {
+        "detection": {
+            "what": what,
+            "device": common.device_name("auto"),
+            "torch": torch.__version__,
+            "images_per_second": {k: [round(v, 2) for v in vs] for k, vs in rates.items()},
+            "peak_memory_mb": common.peak_memory_mb("auto"),
+        }
+    }
+
+
 if __name__ == "__main__":
-    here = Path.cwd()
+    here, result = Path.cwd(), {}
+    if options.json and options.json.exists():
+        result = json.loads(options.json.read_text())
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        result = main()
+        for part in (detection,) if options.detection else (main, detection):
+            result |= part()
         os.chdir(here)
     if options.json:
         common.write_whole(options.json, (json.dumps(result, indent=1) + "\n").encode())
