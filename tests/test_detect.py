@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +236,28 @@ def test_class_means_of_regions_against_a_loop(few_scenes, monkeypatch):
     assert means.dtype == torch.float32 and (counts == 0).any()
 
 
+def test_class_means_are_kept_and_say_what_they_never_saw(quick, capsys):
+    args = parsed(quick, class_means_images=1)
+    data = common.load_detection_data(args, CPU)
+    teacher = common.get_teacher_detector(args, data, None)
+
+    def means(**changes):
+        return detect_nd.load_region_means(parsed(quick, **changes), data, teacher)
+
+    first, counts = means(class_means_images=1)
+    seen = {k for k in range(1, 7) if counts[k]}
+    assert set() < seen <= set(data.train[0].labels.tolist()) and counts[0] > 0
+    absent = [data.classes[k] for k in range(1, 7) if k not in seen]
+    assert f"no region of {', '.join(absent)}; they are left out" in capsys.readouterr().out
+    (file,) = Path("checkpoints").glob("region-means-*.pt")
+    stamp = file.stat().st_mtime_ns
+    again, _ = means(class_means_images=1)
+    assert torch.equal(again, first) and file.stat().st_mtime_ns == stamp
+    assert "one pass of the teacher" not in capsys.readouterr().out
+    _, more = means()
+    assert more.sum() > counts.sum() and file.stat().st_mtime_ns != stamp
+
+
 # --- data ----------------------------------------------------------------------------------------
 
 
@@ -444,6 +467,108 @@ def test_weights_of_zero_are_the_plain_detector_bit_for_bit(quick):
     assert same(weights("o/student.pt"), net.state_dict())
 
 
+@pytest.mark.parametrize("foreground_only", [False, True])
+def test_a_step_is_the_one_written_by_hand(quick, foreground_only):
+    """All terms at once: torchvision's detector, the formulas, SGD without momentum or decay."""
+    weights_of = dict(nd=3.0, kd=20.0, reviewkd=2.0)
+    command = quick.replace("--epochs 1", "--iterations 1 --momentum 0 --weight-decay 0 --lr 5")
+    command += " --nd-foreground-only" * foreground_only
+    command += "".join(f" --{name}-weight {value}" for name, value in weights_of.items())
+    assert run(command, "--seed", "4") == 0
+    args = parsed(command)
+    data = common.load_detection_data(args, CPU)
+    teacher = common.load_detector("mobilenet_v2", 7, args, "teacher.pth")
+    torch.manual_seed(0)
+    means, counts = detect_nd.region_class_means(teacher, data.batches("train", 4), 7)
+    torch.manual_seed(4)
+    student = common.build_detector("mobilenet_v2", 7, args).train()
+    review = detect_nd.ReviewKD([16] * 5, [16] * 5, 16)
+    before = {k: v.clone() for k, v in student.named_parameters()}
+
+    torch.manual_seed(4)
+    images, targets, _ = next(iter(data.batches("train", 4, 4 * 100_003)))
+    images, targets = student.transform(images, targets)
+    maps = student.backbone(images.tensors)
+    proposals, losses = student.rpn(images, maps, targets)
+    heads = student.roi_heads
+    boxes, _, labels, offsets = heads.select_training_samples(proposals, targets)
+
+    def branch(heads, maps):
+        emb = heads.box_head(heads.box_roi_pool(maps, boxes, images.image_sizes))
+        return emb, *heads.box_predictor(emb)
+
+    s, s_logits, regressed = branch(heads, maps)
+    with torch.no_grad():
+        t_maps = teacher.backbone(images.tensors)
+        t, t_logits, _ = branch(teacher.roi_heads, t_maps)
+    fastrcnn_loss = torchvision.models.detection.roi_heads.fastrcnn_loss
+    loss = sum(losses.values()) + sum(fastrcnn_loss(s_logits, regressed, labels, offsets))
+    y = torch.cat(labels)
+    keep = counts[y] > 0
+    if foreground_only:
+        keep &= y > 0
+    assert 0 < keep.sum() and (y == 0).any() and (y > 0).any()
+    cos = F.cosine_similarity(s, means[y], eps=1e-12)
+    nd = 1 - cos * (s.norm(dim=1) / t.norm(dim=1)).clamp(max=1)
+    loss = loss + weights_of["nd"] * nd[keep].mean()
+    p, q = t_logits.softmax(1), s_logits.softmax(1)
+    loss = loss + weights_of["kd"] * (p * (p / q).log()).sum(1).mean()
+    fused = review(list(maps.values()), list(t_maps.values()))
+    loss = loss + weights_of["reviewkd"] * detect_nd.hcl_loss(fused, list(t_maps.values()))
+    loss.backward()
+    after = weights("o/student.pt")
+    for part in (
+        "backbone.body",
+        "backbone.fpn",
+        "rpn",
+        "roi_heads.box_head",
+        "roi_heads.box_pred",
+    ):
+        names = [name for name in before if name.startswith(part)]
+        moved = torch.cat([(after[name] - before[name]).flatten() for name in names])
+        wanted = torch.cat([-0.005 * student.get_parameter(n).grad.flatten() for n in names])
+        assert (moved - wanted).norm() < 2e-3 * wanted.norm() > 0, part
+
+
+def test_schedule_and_warm_up(quick, monkeypatch):
+    """Of 180 steps: drops at 120 and 160, warm-up over 18. Of more than 10,000: over 1000."""
+    net = torch.nn.Linear(1, 1)
+    term = dict.fromkeys(("cls", "box", "objectness", "rpn_box"), net.weight.sum())
+    rates, steps = [], 60
+
+    class Watch(common.DetectionMeter):
+        def add(self, terms, image_ids):
+            frame = sys._getframe(1).f_locals
+            rates.append([group["lr"] for group in frame["optimizer"].param_groups])
+            term.update(dict.fromkeys(term, net.weight.sum()))
+            super().add(terms, image_ids)
+            if len(rates) == 1100:
+                raise common.Stopped(15)
+
+    monkeypatch.setattr(detect_nd, "DetectionMeter", Watch)
+    monkeypatch.setattr(detect_nd, "build_detector", lambda *a: net)
+    monkeypatch.setattr(detect_nd, "training_pass", lambda *a: (dict(term), None))
+    monkeypatch.setattr(
+        detect_nd, "evaluate_detector", lambda *a: dict.fromkeys(common.AP_NAMES, 0.0)
+    )
+    monkeypatch.setattr(common.DetectionData, "steps", lambda *a: steps)
+    monkeypatch.setattr(
+        common.DetectionData, "batches", lambda *a, **k: iter([([], [], [0])] * steps)
+    )
+    args = parsed(f"{quick} --lr 0.01 --nd-weight 0 --kd-weight 0", teacher=None, epochs=3)
+    detect_nd.main(args)
+    wanted = [0.01 / (1 if k < 120 else 10 if k < 160 else 100) for k in range(180)]
+    wanted = [lr * min(1, 0.001 + 0.999 * k / 18) for k, lr in enumerate(wanted)]
+    assert [lr for (lr,) in rates] == pytest.approx(wanted)
+    rates.clear()
+    steps, args.epochs = 12_000, 1
+    with pytest.raises(common.Stopped):
+        detect_nd.main(args)
+    assert [rates[k][0] for k in (0, 500, 1000, 1099)] == pytest.approx(
+        [0.00001, 0.005005, 0.01, 0.01]
+    )
+
+
 def test_the_teacher_is_shown_the_students_pixels_and_regions_and_stays(quick, monkeypatch):
     calls, nets, pixels = [], {}, []
     branch, build = detect_nd.box_branch, common.load_detector
@@ -502,10 +627,42 @@ def test_the_family(quick, options, method, terms):
     assert not any(key.startswith("review") for key in weights("o/student.pt"))
 
 
-def test_weights_of_the_pairs(capsys):
-    args = parsed("--teacher resnet50 --student mobilenet_v2 --base reviewkd")
-    assert (args.nd_weight, args.kd_weight, args.reviewkd_weight) == (1.5, 0, 2.2)
-    assert "the paper's" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "pair, kdpp, reviewkdpp, reviewkd",
+    [
+        ("resnet101 resnet18", (1.5, 1.0), (1.5, 1.2), 1.2),
+        ("resnet101 resnet50", (1.0, 1.0), (1.0, 1.4), 1.0),
+        ("resnet50 mobilenet_v2", (1.0, 1.0), (1.5, 2.2), 2.0),
+    ],
+)
+def test_weights_are_the_papers(pair, kdpp, reviewkdpp, reviewkd, monkeypatch):
+    """And those of the baselines that --compare trains."""
+    teacher, student = pair.split()
+    command = f"--dataset shapes --teacher {teacher} --student {student}"
+    args = parsed(command)
+    assert (args.nd_weight, args.kd_weight, args.reviewkd_weight) == (*kdpp, 0)
+    assert args.method == "KD++"
+    args = parsed(f"{command} --base reviewkd")
+    assert (args.nd_weight, args.reviewkd_weight, args.kd_weight) == (*reviewkdpp, 0)
+    assert args.method == "ReviewKD++"
+    asked = {}
+    monkeypatch.setattr(
+        detect_nd, "launch", lambda _, args, baselines, needed: asked.update(baselines)
+    )
+    detect_nd.program(shlex.split(f"{command} --base reviewkd --nd-foreground-only"))
+    off = dict(nd_weight=0, kd_weight=0, reviewkd_weight=0, nd_foreground_only=False, plot=())
+    assert asked == {
+        "plain": off | dict(method="plain"),
+        "kd": off | dict(method="KD", kd_weight=kdpp[1]),
+        "reviewkd": off | dict(method="ReviewKD", reviewkd_weight=reviewkd),
+    }
+    detect_nd.program(shlex.split(f"{command} --kd-weight 7"))
+    assert asked["kd"]["kd_weight"] == 7  # the same as beside ND
+
+
+def test_weights_left_open(capsys):
+    parsed("--teacher resnet50 --student mobilenet_v2")
+    assert "weights (the paper's)" in capsys.readouterr().out
     args = parsed("")
     assert (args.nd_weight, args.kd_weight, args.reviewkd_weight) == (1.5, 1, 0)
     assert (args.epochs, args.batch_size, args.lr, args.regions) == (12, 8, 0.01, 512)
@@ -616,6 +773,31 @@ def test_compare_and_plot_and_predict(quick, capsys):
     assert common.run_program(common.print_table, ["o/result.json", "o/kd/result.json"]) == 0
 
 
+def test_seeds(quick, capsys):
+    assert run(quick, "--seeds", "0", "1") == 0
+    assert [result(f"o/s{k}")["seed"] for k in (0, 1)] == [0, 1]
+    assert not same(weights("o/s0/student.pt"), weights("o/s1/student.pt"))
+    text = capsys.readouterr().out
+    assert re.search(r"\| KD\+\+ \| 2 \| \d+\.\d\d ± ", text)
+    assert text.count("class means of regions: one pass") == 1  # the teacher's: for both
+    assert run(quick.replace("--out o", "--out alone --seed 1")) == 0
+    assert same(weights("o/s1/student.pt"), weights("alone/student.pt"))
+
+
+def test_box_features_of_zero_train_on(quick):
+    """A teacher whose regions all look the same: zero."""
+    net = torch.load("teacher.pth", weights_only=True)
+    for name in net:
+        if name.startswith("roi_heads.box_head.fc7"):
+            net[name].zero_()
+    torch.save(net, "teacher.pth")
+    assert run(quick, "--base", "reviewkd", "--kd-weight", "1") == 0
+    line = lines("o")[0]
+    assert line["nd"] == pytest.approx(1) and all(
+        math.isfinite(line[k]) for k in ("kd", "reviewkd")
+    )
+
+
 def test_a_loss_that_is_not_finite_names_the_term_and_the_images(quick, monkeypatch, capsys):
     monkeypatch.setattr(detect_nd, "kd_loss", lambda *a, **k: torch.tensor(math.nan))
     assert run(quick) == 2
@@ -653,8 +835,12 @@ def spoil(what):
             table["annotations"][3]["bbox"] = [1, 2, 3, math.nan]
         elif what == "other categories":
             table["categories"][1]["name"] = "x"
-        elif what == "no boxes":
+        elif what.endswith("no boxes"):
             table["annotations"] = []
+        elif what == "words for numbers":
+            table["images"][0]["id"] = "10"
+        if what.startswith("val"):
+            path = path.with_name("instances_val2017.json")
         path.write_text(json.dumps(table))
 
 
@@ -673,6 +859,8 @@ def spoil(what):
         "nan box": "annotation 3: bbox .* not finite",
         "other categories": "train2017 and val2017 list different categories",
         "no boxes": "train2017: no image with a box",
+        "val: no boxes": "val2017: no boxes to compare with",
+        "words for numbers": "instances_train2017.json: not COCO's.*whole number",
     }.items(),
 )
 def test_a_bad_data_set_ends_in_one_line_and_status_2(coco, what, words, capsys, monkeypatch):
@@ -704,6 +892,10 @@ BAD = {
     "--plot --nd-weight 0 --kd-weight 0": "--plot",
     "--base reviewkd --batch-size 1": "--batch-size 1",
     "--teacher-ckpt absent.pt": "absent.pt: no such file",
+    "--teacher-ckpt torn.pth": "torn.pth",
+    "--teacher-ckpt teacher.pth --teacher resnet18": "teacher.pth",
+    "--eval other.pth": "other.pth: a detector of 5 classes",
+    "--eval teacher.pth --resume": "--resume and --eval",
     "--teacher-ckpt other.pth": "other.pth: a detector of 5 classes with the background.*has 7",
     "--teacher-ckpt wide.pth": "wide.pth: .* this network's is",
     "--train-size 99": "--train-size 99: there are 9",
@@ -723,6 +915,7 @@ def test_bad_input_ends_in_one_line_and_status_2(quick, arguments, capsys):
     args = parsed()
     torch.save(common.build_detector("mobilenet_v2", 5, args).state_dict(), "other.pth")
     args.fpn_width = 32
+    Path("torn.pth").write_bytes(Path("teacher.pth").read_bytes()[:5000])
     if "wide" in arguments:
         torch.save(common.build_detector("mobilenet_v2", 7, args).state_dict(), "wide.pth")
     assert run(quick, *shlex.split(arguments)) == 2
