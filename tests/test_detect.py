@@ -23,8 +23,8 @@ import common
 import detect_nd
 
 CPU = torch.device("cpu")
-# A run of a second or two: eight images of 64 pixels, a narrow FPN.
-SMALL = "--dataset shapes --data-dir drawn --image-size 64"
+# A run of a second: eight images of 32 pixels, a narrow FPN.
+SMALL = "--dataset shapes --data-dir drawn --image-size 32"
 SMALL += " --teacher mobilenet_v2 --student mobilenet_v2"
 SMALL += " --regions 16 --fpn-width 16 --train-size 8 --batch-size 4 --epochs 1 --out o"
 
@@ -733,7 +733,7 @@ def test_iterations_end_within_an_epoch_and_resume(quick, monkeypatch):
 def test_resume_within_an_epoch_with_bad_images(quick, monkeypatch, capsys):
     """From what --save-minutes left behind: 7 of 9 images are good: 3 batches of 2."""
     assert parsed().save_minutes == 15
-    scenes = common.draw_scenes(Path("drawn"), 64)
+    scenes = common.draw_scenes(Path("drawn"), 32)
     torn = scenes / "train2017/000004.png"
     torn.write_bytes(torn.read_bytes()[:300])
     (scenes / "train2017/000007.png").unlink()
