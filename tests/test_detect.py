@@ -671,6 +671,26 @@ def test_weights_left_open(capsys):
     assert not parsed("--no-pretrained-backbone").pretrained_backbone
 
 
+def test_a_short_run_learns(few_scenes, monkeypatch):
+    """To find the shapes of 16 scenes: AP 19 when written, 6 with the labels shuffled."""
+    monkeypatch.setattr(common, "SCENES", {"train2017": 16, "val2017": 1})
+    command = f"--data-dir {common.draw_scenes(Path('drawn'), 64)} --val-split train2017 --out o"
+    command += " --student mobilenet_v2 --image-size 64 --regions 32 --smallest-anchor 16"
+    command += " --fpn-width 32 --no-pretrained-backbone --workers 0"
+    args = parsed(f"{command} --epochs 20 --batch-size 2 --lr 0.02 --nd-weight 0 --kd-weight 0")
+    args.teacher = None
+    nothing = dict.fromkeys(common.AP_NAMES, 0.0)
+    monkeypatch.setattr(detect_nd, "evaluate_detector", lambda *a: nothing)
+    detect_nd.main(args)
+    data = common.load_detection_data(args, CPU)
+    torch.manual_seed(0)
+    untrained = common.build_detector("mobilenet_v2", 7, args)
+    trained = common.load_detector("mobilenet_v2", 7, args, "o/student.pt")
+    bar = 12
+    assert common.evaluate_detector(untrained, data, args)["AP"] < bar / 4
+    assert common.evaluate_detector(trained, data, args)["AP"] > bar
+
+
 def stop_in(monkeypatch, step):
     count, add = [0], common.DetectionMeter.add
 
