@@ -434,7 +434,7 @@ def main(args) -> dict:
     for epoch in range(first_epoch, args.epochs):
         student.train()
         helpers.train()
-        meter = DetectionMeter(epoch, args.epochs, len(data.train))
+        meter = DetectionMeter(args, epoch, len(data.train))
         shuffle = args.seed * 100_003 + epoch  # another for every seed and epoch
         batches = data.batches("train", args.batch_size, shuffle)
         for step, (images, targets, image_ids) in enumerate(batches):
