@@ -3,6 +3,7 @@
 Read a method script (`nd.py`) first; it imports what it needs from here by name. In order:
 
   errors and exit codes      UserError, run_program
+  several processes          gather, average_gradients (torchrun)
   networks                   build_model, load_weights, fold_batchnorm, model_names
   data                       load_data (CIFAR, SVHN, STL-10, image trees, the drawn `shapes`)
   the teacher                get_teacher: load it, or train it first and keep it
@@ -16,6 +17,7 @@ Read a method script (`nd.py`) first; it imports what it needs from here by name
 import argparse
 import contextlib
 import copy
+import datetime
 import difflib
 import errno
 import fcntl
@@ -43,6 +45,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -87,7 +90,8 @@ def run_program(program, argv: list[str] | None = None) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
             signal.signal(number, _on_signal)
     try:
-        program(argv)
+        with _processes():
+            program(argv)
         return 0
     except UserError as error:
         message = str(error)
@@ -99,13 +103,19 @@ def run_program(program, argv: list[str] | None = None) -> int:
     except (MemoryError, torch.OutOfMemoryError):
         message = "out of memory: lower --batch-size, --train-size or --image-size"
     except RuntimeError as error:
+        if any(words in str(error) for words in _LOST):
+            if rank() == 0:
+                print("another process has stopped, and so all; --resume goes on", file=sys.stderr)
+            return 1
         if "allocate memory" not in str(error):
             raise
         message = "out of memory: lower --batch-size, --train-size or --image-size"
     except Stopped as stop:
-        print(f"\nstopped by signal {stop.args[0]}; --resume goes on from here", file=sys.stderr)
+        if rank() == 0:
+            print(f"\nstopped by signal {stop.args[0]}; --resume goes on", file=sys.stderr)
         return 128 + stop.args[0]
-    print("error: " + message.replace("\n", " "), file=sys.stderr)
+    if _first_to_fail():
+        print("error: " + message.replace("\n", " "), file=sys.stderr)
     return 2
 
 
@@ -121,6 +131,167 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message} (--help lists every flag)")
+
+
+# ---------------------------------------------------------------------------------------------
+# Several processes, one a GPU: `torchrun --nproc_per_node=N nd.py ...`
+#
+# All of them run the same script on the same data. Each sees its share of the images of a batch;
+# `gather` brings what the losses compare together, so that every process computes the loss of the
+# whole batch; `average_gradients` then makes one gradient of what each found for its own images.
+# Process 0 alone prints and writes files. With one process nothing here does anything.
+# ---------------------------------------------------------------------------------------------
+
+
+def world() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+_LOST = ("closed by peer", "reset by peer", "Broken pipe")  # torch: another process is gone
+
+
+@contextlib.contextmanager
+def _processes():
+    """Join the other processes, if torchrun started this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    # One process may load data for hours while the others wait; torchrun ends all if one dies.
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    with contextlib.ExitStack() as quiet:
+        if rank() > 0:
+            nowhere = quiet.enter_context(open(os.devnull, "w"))
+            quiet.enter_context(contextlib.redirect_stdout(nowhere))
+            quiet.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
+    dist.destroy_process_group()  # after an error the others may not come, so only here
+
+
+def _first_to_fail():
+    """All processes meet the same bad input: one of them says so."""
+    if world() == 1:
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add("errors", 1) == 1
+    except RuntimeError:
+        return rank() == 0
+
+
+def gather_objects(value) -> list:
+    """Every process's value, by rank."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def wait_for_all() -> None:
+    gather_objects(None)
+
+
+@contextlib.contextmanager
+def one_rank_first():
+    """The first process of each machine does the body, then the others: to find its files."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0 or world() == 1
+    if not first:
+        wait_for_all()
+    yield
+    if first:
+        wait_for_all()
+    wait_for_all()
+
+
+def share(count: int) -> slice:
+    """Which of `count` things this process takes: the shares differ by one at most."""
+    return slice(rank() * count // world(), (rank() + 1) * count // world())
+
+
+def _counts(count):
+    """Everybody's count. Not through the GPU, which would have to finish its work first."""
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world())]
+    dist.all_gather(counts, torch.tensor([count]))
+    return [int(c) for c in counts]
+
+
+def _highest(*numbers):
+    """Of every number the highest that a process has: to agree on what to do."""
+    if world() == 1:
+        return numbers
+    agreed = torch.tensor(numbers)
+    dist.all_reduce(agreed, dist.ReduceOp.MAX)
+    return agreed.tolist()
+
+
+def sum_over_ranks(*tensors: Tensor) -> None:
+    """Replace each tensor by its sum over the processes."""
+    if world() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all processes. Backward: each process's loss has a gradient for every row; they are
+    summed, and a process takes those of its own rows."""
+
+    @staticmethod
+    def forward(ctx, rows, counts):
+        ctx.counts = counts
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])  # all must send as much
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient.split(ctx.counts)[rank()], None
+
+
+def gather(args, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same tensors for the whole batch, from the shares [b,...] of all processes -> [B,...].
+
+    Differentiable: after `average_gradients` every parameter, before the gathering or after it,
+    has the gradient that one process would find for the whole batch. With --gather local, or one
+    process: the tensors as they are.
+    """
+    if world() == 1 or args.gather == "local":
+        return tensors
+    counts = _counts(len(tensors[0]))
+    return tuple(_Gather.apply(tensor, counts) for tensor in tensors)
+
+
+def mean_over_ranks(args, loss: Tensor, images: int) -> Tensor:
+    """The whole batch's loss, from the mean over this process's `images` of it: for losses that
+    look at one image at a time, whose inputs would be large to gather."""
+    if world() == 1 or args.gather == "local":
+        return loss
+    counts = _counts(images)
+    weights = torch.tensor(counts, dtype=loss.dtype, device=loss.device) / sum(counts)
+    return (gather(args, loss[None])[0] * weights).sum()
+
+
+def average_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Give all that the optimizer trains the mean of the processes' gradients."""
+    if world() > 1:
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in trained if p.grad is not None]  # the same ones everywhere
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        flat /= world()
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
+            gradient.copy_(mean.view_as(gradient))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -743,13 +914,19 @@ class Data:
 
     def steps(self, batch_size: int) -> int:
         """Batches in a shuffled pass. Says so if they are not what the command line suggests."""
-        count = len(self.train.labels)
+        count, least = len(self.train.labels), 2 * world()
+        if min(count, batch_size) < least:
+            raise UserError(
+                f"--batch-size {batch_size} of {count} images: {world()} processes need {least} or"
+                " more, two each"
+            )
         full, rest = divmod(count, batch_size)
-        if rest == 1:
-            print(f"note: {count} images in batches of {batch_size} leave one over: it is left out")
+        if 0 < rest < least:
+            over = "one over: it is" if rest == 1 else f"{rest} over: they are"
+            print(f"note: {count} images in batches of {batch_size} leave {over} left out")
         if not full:
             print(f"note: --batch-size {batch_size}: there are {count} images, one batch an epoch")
-        return full + (rest > 1)
+        return full + (rest >= least)
 
     def batches(
         self,
@@ -758,6 +935,7 @@ class Data:
         seed: int | None = None,
         augment: bool = False,
         first: int = 0,
+        shared: bool = False,
     ):
         """One pass, or the rest of one from batch `first` on. With a seed the order is shuffled;
         the same seed gives the same batches.
@@ -765,7 +943,8 @@ class Data:
         augment: zero padding by an eighth and a random crop, and a flip with probability 1/2, each
         image on its own. Everything random is drawn on the CPU at the start of the pass, so CPU
         and GPU see the same batches. A last batch of one image is left out when shuffling, since
-        neither BatchNorm nor a loss between samples is defined on it.
+        neither BatchNorm nor a loss between samples is defined on it. shared: of every batch this
+        process's part alone; a shuffled last batch of less than two images for each is left out.
         """
         images, labels = getattr(self, split)
         count, size, pad = len(labels), self.image_size, self.pad
@@ -776,10 +955,14 @@ class Data:
         order, shift, flip = (t.to(self.device) for t in (order, shift, flip))
         grid = torch.arange(size, device=self.device)
         for start in range(first * batch_size, count, batch_size):
-            part = slice(start, start + batch_size)
-            x, y = images[order[part]], labels[order[part]]  # [B,S,S,3], [B]
-            if seed is not None and len(y) == 1:
+            part = range(start, min(start + batch_size, count))
+            if seed is not None and len(part) < (2 * world() if shared else 2):
                 break
+            part = part[share(len(part))] if shared else part
+            part = slice(part.start, part.stop)
+            if part.start == part.stop:  # more processes than images
+                continue
+            x, y = images[order[part]], labels[order[part]]  # [B,S,S,3], [B]
             if augment:
                 rows = shift[0, part] + grid  # [B,S], in the padded image
                 cols = shift[1, part] + torch.where(flip[part], size - 1 - grid, grid)
@@ -789,6 +972,10 @@ class Data:
 
     def _normalised(self, images):  # [B,S,S,3] uint8 -> [B,3,S,S], channels last in memory
         return images.permute(0, 3, 1, 2).float().sub_(self.mean).div_(self.std)
+
+    def first_images(self, count: int = 2) -> Tensor:
+        """The first test images, to try a network on."""
+        return self._normalised(self.test.images[:count])
 
     def test_batch(self, per_class: int, classes: int) -> tuple[Tensor, Tensor]:
         """The first test images of each of the first classes, sorted by class, for pictures."""
@@ -803,7 +990,8 @@ def load_data(args, device) -> Data:
     key = (args.dataset, args.data_dir, args.image_size, args.train_size, str(device))
     if key not in _LOADED:
         _LOADED.clear()
-        _LOADED[key] = _load_data(args, device)
+        with one_rank_first():  # downloads and decodes
+            _LOADED[key] = _load_data(args, device)
     return _LOADED[key]
 
 
@@ -952,7 +1140,7 @@ def _decoded(samples, size, workers, cache):
             list(pool.map(decode, range(len(samples))))
         return images
 
-    images = kept(cache, {"listing": listing.hexdigest()}, decode_all)
+    images = kept(cache, {"listing": listing.hexdigest()}, decode_all, together=False)
     return Split(images, torch.tensor([label for _, label in samples]))
 
 
@@ -1083,16 +1271,23 @@ def save_whole(path: Path, state) -> None:
     write_whole(path, buffer.getvalue())
 
 
-def kept(path: Path, made_by: dict, compute):
-    """What `compute()` returns, or the file at `path` if that was made by the very same things."""
-    if path.is_file():
+def kept(path: Path, made_by: dict, compute, together: bool = True):
+    """What `compute()` returns, or the file at `path` if that was made by the very same things.
+
+    together: several processes look for one file, that of process 0, and compute as one.
+    """
+    saved, writes = None, rank() == 0 or not together
+    if path.is_file() and writes:
         with contextlib.suppress(UserError):  # a torn file is made again
             saved = read_checkpoint(path)
-            if isinstance(saved, dict) and saved.get("made_by") == made_by:
-                return saved["value"]
+    if together:
+        saved = gather_objects(saved)[0]
+    if isinstance(saved, dict) and saved.get("made_by") == made_by:
+        return saved["value"]
     value = compute()
     try:
-        save_whole(path, {"made_by": made_by, "value": value})
+        if writes:
+            save_whole(path, {"made_by": made_by, "value": value})
     except OSError as error:
         print(f"note: {path} cannot be written ({error}): not kept", file=sys.stderr)
     return value
@@ -1117,7 +1312,8 @@ class Run:
     """The folder of one run: `last.pt` to resume, `metrics.jsonl`, `result.json`, `student.pt`.
 
     `last.pt` is saved after every epoch, every --save-minutes and when a signal asks for a stop;
-    `previous.pt` is the one before, should the disk damage the last.
+    `previous.pt` is the one before, should the disk damage the last. Of several processes all
+    read, and process 0 writes.
     `args.plot`, where a script has it: names of the pictures that belong to the run too.
     """
 
@@ -1127,7 +1323,16 @@ class Run:
         self.previous, self.step = self.dir / "previous.pt", 0  # steps done in this epoch
         self.last_save = time.monotonic()
         self.on_gpu = pick_device(args.device).type == "cuda"
-        lock = self.dir / ".lock"  # also the sign that a run was started here
+        self.lock = self.board = None
+        wait_for_all()  # nobody reads what an earlier run is still writing
+        self._look(args)
+        wait_for_all()
+        if rank() == 0:
+            self._claim(args)
+
+    def _look(self, args):
+        """What does the folder hold?"""
+        lock = self.dir / ".lock"  # the sign that a run was started here
         if args.resume and (self.last.exists() or self.previous.exists()):
             self.saved = self._read()
             saved, wanted = self.saved["args"], lasting(args)
@@ -1135,15 +1340,22 @@ class Run:
             if changed:
                 was = ", ".join(f"{flag(k)} {saved.get(k)}" for k in changed)
                 raise UserError(f"--resume: {self.dir} was started with {was}; give the same again")
+            if len(self.saved["ranks"]) != world():
+                raise UserError(
+                    f"--resume: {self.dir} was started with {len(self.saved['ranks'])} processes,"
+                    f" here are {world()}; start as many again"
+                )
             files = [self.dir / name for name in (*FILES, *(getattr(args, "plot", None) or ()))]
             if self.saved["epoch"] == args.epochs and all(path.exists() for path in files):
                 with contextlib.suppress(ValueError):  # damaged: written again
                     self.done = json.loads((self.dir / "result.json").read_text())
         elif args.resume and not lock.exists():
             raise UserError(f"--resume: nothing to resume in {self.dir} (no last.pt)")
+
+    def _claim(self, args):
         self.board = _tensorboard(self.dir) if getattr(args, "tensorboard", None) else None
         self.dir.mkdir(parents=True, exist_ok=True)
-        self.lock = open(lock, "w")  # held until the process ends
+        self.lock = open(self.dir / ".lock", "w")  # held until the process ends
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:  # others: a file system without locks, where we do without
@@ -1161,16 +1373,10 @@ class Run:
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         if self.saved is None:
-            old = [self.dir / name for name in FILES if (self.dir / name).exists()]
-            self.previous.unlink(missing_ok=True)
-            if old := [*old, *self.dir.glob("*.png")]:
-                number = 1
-                while (aside := self.dir / f"old{number}").exists():
-                    number += 1
-                aside.mkdir()
-                for path in old:
-                    path.rename(aside / path.name)
-                print(f"note: the run that was in {self.dir} is kept in {aside}", file=sys.stderr)
+            if rank() == 0:
+                self._set_aside()
+            else:  # dropout and the like: drawn by each process for its own images
+                torch.manual_seed((torch.initial_seed() + 7919 * rank()) % 2**63)
             self._save(objects)
             return 0
         for name, value in objects.items():
@@ -1186,13 +1392,26 @@ class Run:
                     value.load_state_dict(saved)
                 except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
                     raise UserError(f"--resume: {self.last} does not hold this {name}") from None
-        torch.set_rng_state(self.saved["rng"])
-        random.setstate(self.saved["python_rng"])
-        if self.saved["cuda_rng"] is not None and self.on_gpu:
-            torch.cuda.set_rng_state(self.saved["cuda_rng"])
+        mine = self.saved["ranks"][rank()]
+        torch.set_rng_state(mine["rng"])
+        random.setstate(mine["python_rng"])
+        if mine["cuda_rng"] is not None and self.on_gpu:
+            torch.cuda.set_rng_state(mine["cuda_rng"])
         self.history, self.step = self.saved["history"], self.saved["step"]
         self.last_save = time.monotonic()
         return self.saved["epoch"]
+
+    def _set_aside(self):
+        old = [self.dir / name for name in FILES if (self.dir / name).exists()]
+        self.previous.unlink(missing_ok=True)
+        if old := [*old, *self.dir.glob("*.png")]:
+            number = 1
+            while (aside := self.dir / f"old{number}").exists():
+                number += 1
+            aside.mkdir()
+            for path in old:
+                path.rename(aside / path.name)
+            print(f"note: the run that was in {self.dir} is kept in {aside}", file=sys.stderr)
 
     def _read(self):
         try:
@@ -1213,6 +1432,16 @@ class Run:
                     f" {len(self.history) + (meter is not None)}: lower --lr or --teacher-lr;"
                     f" {self.last} holds the state before"
                 )
+        mine = {
+            "meter": meter and meter.state(),
+            "rng": torch.get_rng_state(),
+            "python_rng": random.getstate(),
+            "cuda_rng": torch.cuda.get_rng_state() if self.on_gpu else None,
+        }
+        ranks = gather_objects(mine)
+        self.last_save = time.monotonic()
+        if rank() > 0:
+            return
         state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in objects.items()}
         with contextlib.suppress(OSError):  # no file yet, or a disk without links
             self.previous.unlink(missing_ok=True)
@@ -1222,16 +1451,12 @@ class Run:
             {
                 "epoch": len(self.history),
                 "step": step,
-                "meter": meter and meter.state(),
                 "state": state,
                 "args": lasting(self.args),
                 "history": self.history,
-                "rng": torch.get_rng_state(),
-                "python_rng": random.getstate(),
-                "cuda_rng": torch.cuda.get_rng_state() if self.on_gpu else None,
+                "ranks": ranks,
             },
         )
-        self.last_save = time.monotonic()
 
     def steps(self, batches, steps: int, meter, objects: dict):
         """Number and batch of each step of an epoch, of which `self.step` are already done.
@@ -1240,33 +1465,35 @@ class Run:
         objects, the meter); after a signal the program then stops.
         """
         if self.step:
-            meter.restore(self.saved["meter"], pick_device(self.args.device))
+            mine = self.saved["ranks"][rank()]["meter"]
+            meter.restore(mine, pick_device(self.args.device))
         minutes = getattr(self.args, "save_minutes", None) or math.inf
         _Signals.wait = True
         for step, batch in enumerate(batches, self.step):
             yield step, batch
             late = time.monotonic() - self.last_save > 60 * minutes
-            if step + 1 < steps and (late or _Signals.pending):  # after the last: end_epoch saves
+            save, stop = _highest(int(late), _Signals.pending or 0)
+            if step + 1 < steps and (save or stop):  # after the last: end_epoch saves
                 meter.check()
                 self._save(objects, step + 1, meter)
-                self._stop()
+                if stop:
+                    raise Stopped(stop)
         self.step = 0
-
-    def _stop(self):
-        if _Signals.pending:
-            raise Stopped(_Signals.pending)
 
     def end_epoch(self, metrics: dict, **objects) -> None:
         """Keep the epoch: its metrics line and everything needed to go on from here."""
         self.history.append(metrics)
         self._save(objects)
-        self._write_metrics()
+        if rank() == 0:
+            self._write_metrics()
         if self.board:
             for name, value in metrics.items():
                 if isinstance(value, (int, float)):
                     self.board.add_scalar(name, value, metrics["epoch"])
             self.board.flush()
-        self._stop()
+        [stop] = _highest(_Signals.pending or 0)
+        if stop:
+            raise Stopped(stop)
         _Signals.wait = False
 
     def _write_metrics(self):
@@ -1309,6 +1536,7 @@ class Run:
         names = ("method", "dataset", "teacher", "student", "seed", "epochs")
         result = {
             **{name: getattr(args, name) for name in names},
+            "world_size": world(),
             **scores,
             "seconds": round(seconds, 3),
             "images_per_second": round(images / seconds, 1),
@@ -1328,16 +1556,19 @@ class Run:
             },
             "device": device_name(args.device),
         }
-        self._write_metrics()  # again: a stop may have come between last.pt and it
-        self.previous.unlink(missing_ok=True)
-        save_whole(self.dir / "student.pt", {k: v.cpu() for k, v in student.state_dict().items()})
-        write_whole(self.dir / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+        if rank() == 0:
+            weights = {k: v.cpu() for k, v in student.state_dict().items()}
+            self._write_metrics()  # again: a stop may have come between last.pt and it
+            self.previous.unlink(missing_ok=True)
+            save_whole(self.dir / "student.pt", weights)
+            write_whole(self.dir / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+        wait_for_all()  # the files are there
         return result
 
 
 def _read_last(path):
     saved = read_checkpoint(path)
-    parts = {"epoch", "step", "meter", "state", "args", "history", "rng", "python_rng", "cuda_rng"}
+    parts = {"epoch", "step", "state", "args", "history", "ranks"}
     if not isinstance(saved, dict) or not parts <= saved.keys():
         raise UserError(f"{path}: not a run's last.pt; move its folder away to start again")
     return saved
@@ -1380,8 +1611,10 @@ def _commit():
 class Meter:
     """Running sums of one epoch, kept on the device; the live line; the watch for nan."""
 
-    def __init__(self, epoch: int, epochs: int, images_per_epoch: int):
-        self.epoch, self.epochs, self.total = epoch, epochs, images_per_epoch
+    def __init__(self, args, epoch: int, images_per_epoch: int):
+        self.epoch, self.epochs, self.total = epoch, args.epochs, images_per_epoch
+        # The processes add a share of a batch each, or all of them all of it.
+        self.shares = 1 if getattr(args, "gather", "local") == "global" else world()
         self.images, self.sums, self.bad, self.names = 0, 0, None, ()
         self.start = self.shown = time.perf_counter()
         self.live = bool(sys.stdout) and sys.stdout.isatty()
@@ -1421,7 +1654,8 @@ class Meter:
             setattr(self, name, value.to(device) if torch.is_tensor(value) else value)
         self.start -= state["seconds"]
 
-    def check(self):
+    def check(self) -> None:
+        """UserError: a loss term was not finite."""
         if self.bad is not None and bool(self.bad.any()):
             names = [name for name, bad in zip(self.names, self.bad.tolist()) if bad]
             print("\n" * self.live, end="", flush=True)
@@ -1437,19 +1671,23 @@ class Meter:
 
     def _line(self, seconds):
         """seconds: spent on the images so far."""
-        left = (self.total * (self.epochs - self.epoch) - self.images) / self.images
+        images = self.images * self.shares
+        left = (self.total * (self.epochs - self.epoch) - images) / images
         left *= time.perf_counter() - self.start
         terms, top1 = self._means()
         return (
             f"epoch {self.epoch + 1:3d}/{self.epochs}  "
             + "  ".join(f"{name} {value:#.3g}" for name, value in terms.items())
-            + f"  train {top1:5.2f} %  {self.images / seconds:6.0f} images/s  {_clock(left)} left"
+            + f"  train {top1:5.2f} %  {images / seconds:6.0f} images/s  {_clock(left)} left"
         )
 
     def close(self) -> dict:
         """-> the epoch's means, train top-1 in %, seconds and images/s."""
         self.check()
         seconds = time.perf_counter() - self.start
+        if self.shares > 1:
+            sum_over_ranks(self.sums)
+            self.images, self.shares = sum(_counts(self.images)), 1
         terms, top1 = self._means()
         return {
             "epoch": self.epoch + 1,
@@ -1482,7 +1720,7 @@ def pick_device(name: str) -> torch.device:
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu or auto")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return torch.device(name, torch.cuda.current_device() if name == "cuda" else None)
 
 
 def pyplot(asked_by: str = "--plot"):
@@ -1509,12 +1747,19 @@ def autocast(args, device: torch.device):
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, args) -> float:
-    """Top-1 on the test split, in %. Leaves the model in eval mode."""
+    """Top-1 on the test split, in %. Leaves the model in eval mode.
+
+    Several processes share the images; BatchNorm's statistics are those of process 0.
+    """
     model.eval()
-    correct = 0
-    for images, labels in data.batches("test", 500):
+    if world() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    correct = torch.zeros((), dtype=torch.int64, device=data.device)
+    for images, labels in data.batches("test", 500, shared=True):
         with autocast(args, data.device):
-            correct = correct + (model(images).argmax(1) == labels).sum()
+            correct += (model(images).argmax(1) == labels).sum()
+    sum_over_ranks(correct)
     return round(100 * int(correct) / len(data.test.labels), 3)
 
 
@@ -1522,7 +1767,7 @@ def evaluate(model: nn.Module, data: Data, args) -> float:
 def probe(model: nn.Module, data: Data) -> Features:
     """Its features of two test images, to read off widths; the model stays as it was."""
     was_training = model.training
-    images = next(data.batches("test", 2))[0].to(next(model.parameters()).device)
+    images = data.first_images().to(next(model.parameters()).device)
     try:
         return model.eval()(images, return_features=True)[1]
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -1556,7 +1801,7 @@ def get_teacher(args, data: Data, train) -> Teacher:
         teacher_args = _teacher_args(args, data)
         recipe = {name: getattr(teacher_args, name, None) for name in TEACHER_RECIPE}
         recipe |= {"data": data.fingerprint, "images": len(data.train.labels)}
-        if path.exists():
+        if gather_objects(path.exists())[0]:
             _check_recipe(path, recipe)
         else:
             print(f"teacher: no {path}; training it for {teacher_args.epochs} epochs", flush=True)
@@ -1564,14 +1809,16 @@ def get_teacher(args, data: Data, train) -> Teacher:
             gpus = [torch.cuda.current_device()] if data.device.type == "cuda" else []
             with torch.random.fork_rng(gpus):  # so that the student's run is the same without this
                 result = train(teacher_args)
-            weights = read_checkpoint(Path(teacher_args.out) / "student.pt")
-            top1 = result["student_top1"]
-            save_whole(path, {"model": weights, "recipe": recipe, "test_top1": top1})
+            if rank() == 0:
+                weights = read_checkpoint(Path(teacher_args.out) / "student.pt")
+                top1 = result["student_top1"]
+                save_whole(path, {"model": weights, "recipe": recipe, "test_top1": top1})
+            wait_for_all()
     load_weights(net, path)
     probe(net, data)  # does it take images of this size?
     weights_hash = state_hash(net)
     net = net.to(data.device, memory_format=torch.channels_last)
-    net = fold_batchnorm(net, next(data.batches("test", 2))[0])
+    net = fold_batchnorm(net, data.first_images())
     key = (weights_hash, data.fingerprint, args.precision)
     if key not in _EVALUATED:
         top1 = evaluate(net, data, args)
@@ -1609,7 +1856,7 @@ def _check_recipe(path, recipe):
 # What a teacher's training shares with its student's; all else belongs to the method and is off.
 TEACHER_OPTIMIZER = ("recipe", "lr", "batch_size", "momentum", "nesterov", "weight_decay")
 TEACHER_KEEPS = ("dataset", "data_dir", "image_size", "train_size", "precision", "device")
-TEACHER_KEEPS += ("workers", "compile", "script", "pretrained", *TEACHER_OPTIMIZER)
+TEACHER_KEEPS += ("workers", "compile", "script", "pretrained", "gather", *TEACHER_OPTIMIZER)
 # What decides its weights, besides the data; kept in its checkpoint.
 TEACHER_RECIPE = ("student", "epochs", "seed", "precision", "image_size", "pretrained", "script")
 TEACHER_RECIPE += TEACHER_OPTIMIZER
@@ -2450,6 +2697,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: a GPU if there is one",
     )
     add("--compile", action="store_true", help="torch.compile both networks: slow start, for a GPU")
+    add("--gather", choices=("global", "local"), default="global", help="under torchrun losses"
+        " between images see the whole batch, or each process its own share (global)")  # fmt: skip
     add("--workers", type=positive_int, metavar="N", help="threads that decode a tree (all cores)")
     _add_file_arguments(add)
 
@@ -2532,6 +2781,7 @@ def launch(main, args, baselines: dict, needed: tuple = ()) -> None:
             run["resume"] = (Path(run["out"]) / ".lock").exists()  # those not reached start now
         if not any(run["resume"] for run in runs):
             raise UserError(f"--resume: nothing to resume in {runs[-1]['out']}")
+    wait_for_all()
     for run in runs:
         if len(runs) > 1:
             print(f"\n== {run['method']}, seed {run['seed']}: {run['out']}", flush=True)

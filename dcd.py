@@ -50,6 +50,8 @@ Differs from the paper and its code:
  5. Transfer keeps the frozen network in eval mode. --transfer-bn batch: in train mode, as in the
     paper's code, where BatchNorm goes on adapting to the new images.
  6. --plot shows embeddings by their principal components; the paper has t-SNE of the logits.
+ 7. Under torchrun the other images are those of the whole batch. --gather local, as in the
+    published ImageNet code: those of each process's share, so fewer and an easier task.
 
 The clamp of the scale is hard, as published: once exp(tau) > 10, tau has no gradient; momentum,
 then weight decay alone move it. Both are logged: expect the scale to sit at 10.
@@ -75,9 +77,11 @@ from common import (  # nothing in there knows about distillation
     YesNo,  # --flag and --no-flag
     add_run_arguments,
     autocast,
+    average_gradients,
     below_one,
     build_model,  # network(x, return_features=True) -> logits, (.embedding, .maps, .preact)
     evaluate,
+    gather,  # under torchrun: rows of all processes, with gradient
     get_teacher,  # loads it, or trains it first by calling main
     launch,  # --seeds and --compare: calls main once per run
     load_data,
@@ -294,6 +298,7 @@ def prepare_transfer(args) -> None:
         print(f"note: no {trained}, no --teacher-ckpt: the student alone", file=sys.stderr)
         args.teacher = None
     args.source, args.dataset = args.dataset, args.transfer
+    args.gather = "global"  # under torchrun every process does all of it
     batch = args.transfer_bn == "batch"
     args.method = f"probe of {method}" + " (batch)" * batch
     place = f"runs/dcd-transfer-{args.dataset}-of-{label}" + "-batch" * batch
@@ -356,9 +361,10 @@ def main(args) -> dict:
     for epoch in range(first_epoch, args.epochs):
         student.train()
         helpers.train()
-        meter = Meter(epoch, args.epochs, len(data.train.labels))
+        meter = Meter(args, epoch, len(data.train.labels))
         shuffle = args.seed * 100_003 + epoch  # another for every seed and epoch
-        batches = data.batches("train", args.batch_size, shuffle, augment=True, first=run.step)
+        order = dict(seed=shuffle, augment=True, first=run.step, shared=True)
+        batches = data.batches("train", args.batch_size, **order)
         for step, (images, labels) in run.steps(batches, steps, meter, state):
             # [end]
             # Schedule, written for 240 epochs and played faster or slower for another number; `now`
@@ -375,11 +381,17 @@ def main(args) -> dict:
                     with torch.no_grad():
                         teacher_logits, teacher_features = run_teacher(images, return_features=True)
 
+            # Under torchrun, what is compared between images is gathered from all processes.
+            logits, embedding, labels = gather(args, logits, features.embedding, labels)
+            if args.dcd_weight or args.kd_weight:
+                teacher_emb = teacher_features.embedding
+                teacher_logits, teacher_emb = gather(args, teacher_logits, teacher_emb)
+
             # Losses, outside autocast and in float32. A term of weight 0 is not computed.
             dcd = kd = scale = tau = 0.0
             ce = F.cross_entropy(logits.float(), labels)
             if args.dcd_weight:
-                dcd = helpers["dcd"](features.embedding, teacher_features.embedding)
+                dcd = helpers["dcd"](embedding, teacher_emb)
                 scale = helpers["dcd"].scale().detach()  # no losses, but worth watching
                 tau = helpers["dcd"].tau.detach()
             if args.kd_weight:
@@ -390,6 +402,7 @@ def main(args) -> dict:
             # [alike: step]
             optimizer.zero_grad()
             loss.backward()
+            average_gradients(optimizer)  # over the processes, if there are several
             optimizer.step()
             meter.add(logits, labels, terms)
 
@@ -490,7 +503,7 @@ def transfer(args) -> dict:
     state |= {"data": data.fingerprint, "student or teacher": hashes}
     first_epoch, steps = run.restore(**state), data.steps(args.batch_size)
     for epoch in range(first_epoch, args.epochs):
-        meter = Meter(epoch, args.epochs, len(data.train.labels))
+        meter = Meter(args, epoch, len(data.train.labels))
         networks.train(args.transfer_bn == "batch")
         shuffle = args.seed * 100_003 + epoch
         batches = data.batches("train", args.batch_size, shuffle, augment=True, first=run.step)

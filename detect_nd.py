@@ -440,7 +440,7 @@ def main(args) -> dict:
         student.train()
         helpers.train()
         todo = total - epoch * steps
-        meter = DetectionMeter(epoch, args.epochs, args.batch_size * todo)
+        meter = DetectionMeter(args, epoch, args.batch_size * todo)
         shuffle = args.seed * 100_003 + epoch  # another for every seed and epoch
         last = min(steps, todo)
         part = slice(run.step, last)

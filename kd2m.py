@@ -48,6 +48,8 @@ Differs from the paper and its published code:
  5. JW2 compares student with teacher, both costs in their own units; the code compares the
     student's features with themselves and divides by the largest distance.
  6. KL floors the variances; the code's is infinite for a unit dead in the teacher's batch.
+ 7. Under torchrun the samples are the whole batch. --gather local: each process's share of it; the
+    distances of smaller samples are larger, and fewer classes have two images.
 """
 
 import argparse
@@ -68,11 +70,13 @@ from common import (  # nothing in there knows about distillation
     YesNo,  # --flag and --no-flag
     add_run_arguments,
     autocast,
+    average_gradients,
     below_one,
     build_model,  # network(x, return_features=True) -> logits, (.embedding, .maps, .preact)
     device_name,
     evaluate,
     flag,  # "--its-name"
+    gather,  # under torchrun: rows of all processes, with gradient
     get_teacher,  # loads it, or trains it first by calling main
     launch,  # --seeds and --compare: calls main once per run
     load_data,
@@ -842,9 +846,10 @@ def main(args) -> dict:
     for epoch in range(first_epoch, args.epochs):
         student.train()
         helpers.train()
-        meter = Meter(epoch, args.epochs, len(data.train.labels))
+        meter = Meter(args, epoch, len(data.train.labels))
         shuffle = args.seed * 100_003 + epoch  # another for every seed and epoch
-        batches = data.batches("train", args.batch_size, shuffle, augment=True, first=run.step)
+        order = dict(seed=shuffle, augment=True, first=run.step, shared=True)
+        batches = data.batches("train", args.batch_size, **order)
         for step, (images, labels) in run.steps(batches, steps, meter, state):
             # [end]
             # Schedule. Benchmark: written for 240 epochs and played faster or slower for another
@@ -865,11 +870,17 @@ def main(args) -> dict:
                     with torch.no_grad():
                         teacher_logits, teacher_features = run_teacher(images, return_features=True)
 
+            # Under torchrun, what is compared between images is gathered from all processes.
+            logits, embedding, labels = gather(args, logits, embedding, labels)
+            if args.metric_weight or args.kd_weight:
+                teacher_emb = teacher_features.embedding
+                teacher_logits, teacher_emb = gather(args, teacher_logits, teacher_emb)
+
             # Losses, outside autocast and in float32. A term of weight 0 is not computed.
             distance = kd = ratio = 0.0
             ce = F.cross_entropy(logits.float(), labels)
             if args.metric_weight:
-                inputs = embedding, teacher_features.embedding, labels, logits, teacher_logits
+                inputs = embedding, teacher_emb, labels, logits, teacher_logits
                 distance = feature_distance(args, *inputs)
                 # How large the term is beside the cross-entropy: no loss, but worth watching.
                 ratio = args.metric_weight * distance.detach() / ce.detach().clamp_min(1e-6)
@@ -881,6 +892,7 @@ def main(args) -> dict:
             # [alike: step]
             optimizer.zero_grad()
             loss.backward()
+            average_gradients(optimizer)  # over the processes, if there are several
             optimizer.step()
             meter.add(logits, labels, terms)
 

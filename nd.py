@@ -39,6 +39,8 @@ Differs from the paper and its code:
  5. The drops of the learning rate and the warm-up are fractions of the run (of 240 epochs: 150,
     180, 210 and 20, as published), so that a shorter run keeps the recipe's shape.
  6. ReviewKD works for every pair with as many stages, resized to the teacher's maps.
+ 7. Under torchrun every loss sees the whole batch. --gather local: each process its own share,
+    which matters to DIST, whose columns run over the images.
 """
 
 import argparse
@@ -56,13 +58,16 @@ from common import (  # nothing in there knows about distillation
     YesNo,  # --flag and --no-flag
     add_run_arguments,
     autocast,
+    average_gradients,
     below_one,
     build_model,  # network(x, return_features=True) -> logits, (.embedding, .maps, .preact)
     evaluate,
+    gather,  # under torchrun: rows of all processes, with gradient
     get_teacher,  # loads it, or trains it first by calling main
     kept,  # a value from a file if that was made by the same things, else computed
     launch,  # --seeds and --compare: calls main once per run
     load_data,
+    mean_over_ranks,
     model_names,
     one_of,
     pick_device,
@@ -70,6 +75,7 @@ from common import (  # nothing in there knows about distillation
     positive_int,
     probe,  # features of two test images in eval mode
     run_program,
+    sum_over_ranks,
     weight,
 )
 
@@ -273,6 +279,8 @@ def compute_class_means(teacher: nn.Module, batches, num_classes: int) -> torch.
             counts = embedding.new_zeros(num_classes)
         sums.index_add_(0, labels, embedding)
         counts += labels.bincount(minlength=num_classes)
+    if sums is not None:
+        sum_over_ranks(sums, counts)  # under torchrun each process saw its share of the images
     teacher.train(was_training)
     missing = [0] if sums is None else (counts == 0).nonzero().flatten().tolist()
     if missing:
@@ -285,7 +293,8 @@ def load_class_means(args, data, teacher, run) -> torch.Tensor:
 
     def compute():
         seed = 0 if args.class_means == "augmented" else None  # None: in order, as they are
-        batches = data.batches("train", 500, seed, augment=seed is not None)
+        augment = seed is not None
+        batches = data.batches("train", 500, seed, augment=augment, shared=True)
         return compute_class_means(teacher.net, batches, data.num_classes).cpu()
 
     made_by = {"teacher": teacher.hash, "data": data.fingerprint, "images": args.class_means}
@@ -463,9 +472,10 @@ def main(args) -> dict:
     for epoch in range(first_epoch, args.epochs):
         student.train()
         helpers.train()
-        meter = Meter(epoch, args.epochs, len(data.train.labels))
+        meter = Meter(args, epoch, len(data.train.labels))
         shuffle = args.seed * 100_003 + epoch  # another for every seed and epoch
-        batches = data.batches("train", args.batch_size, shuffle, augment=True, first=run.step)
+        order = dict(seed=shuffle, augment=True, first=run.step, shared=True)
+        batches = data.batches("train", args.batch_size, **order)
         for step, (images, labels) in run.steps(batches, steps, meter, state):
             # [end]
             # Schedule, written for 240 epochs and played faster or slower for another number; `now`
@@ -488,6 +498,12 @@ def main(args) -> dict:
                     student_maps = review_maps(features, before_relu=False)
                     student_maps = helpers["review"](student_maps, teacher_maps)
 
+            # Under torchrun, what is compared between images is gathered from all processes.
+            logits, embedding, labels = gather(args, logits, embedding, labels)
+            if uses_embedding or args.kd_weight:
+                teacher_emb = teacher_features.embedding
+                teacher_logits, teacher_emb = gather(args, teacher_logits, teacher_emb)
+
             # Losses, outside autocast and in float32. A method's term of weight 0 is not computed.
             base = nd = direction = norm = 0.0
             ce = F.cross_entropy(logits.float(), labels)
@@ -501,12 +517,13 @@ def main(args) -> dict:
                     base = dist_loss(logits, teacher_logits, temperature=args.temperature)
                 elif args.base == "reviewkd":
                     base = hcl_loss(student_maps, teacher_maps)
+                    base = mean_over_ranks(args, base, len(images))
             if args.nd_weight:
-                nd = nd_loss(embedding, teacher_features.embedding, class_means, labels)
+                nd = nd_loss(embedding, teacher_emb, class_means, labels)
             if args.direction_weight:
                 direction = direction_loss(embedding, class_means, labels)
             if args.norm_weight:
-                norm = norm_loss(embedding, teacher_features.embedding)
+                norm = norm_loss(embedding, teacher_emb)
             loss = args.ce_weight * ce + warm_up * args.kd_weight * base + args.nd_weight * nd
             loss = loss + args.direction_weight * direction + args.norm_weight * norm
             terms = {"ce": ce, args.base: base, "nd": nd, "direction": direction, "norm": norm}
@@ -514,6 +531,7 @@ def main(args) -> dict:
             # [alike: step]
             optimizer.zero_grad()
             loss.backward()
+            average_gradients(optimizer)  # over the processes, if there are several
             optimizer.step()
             meter.add(logits, labels, terms)
 

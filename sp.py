@@ -46,6 +46,8 @@ Differs from the paper and from other code:
  5. CC is taken of the embeddings; its paper learns a layer for it. Intra is ours. Their weights are
     ours too: terms of the size of SP's for a trained teacher and an untrained student
     (results/sizes.json).
+ 6. Under torchrun the similarities are those of the whole batch. --gather local: of each process's
+    share of it, N times as few images for N processes, and so sp about N times as large.
 
 Note: the method is covered by US patent 11636337B2; check before commercial use.
 """
@@ -66,13 +68,16 @@ from common import (  # nothing in there knows about distillation
     YesNo,  # --flag and --no-flag
     add_run_arguments,
     autocast,
+    average_gradients,
     below_one,
     build_model,  # network(x, return_features=True) -> logits, (.embedding, .maps, .preact)
     evaluate,
+    gather,  # under torchrun: rows of all processes, with gradient
     get_teacher,  # loads it, or trains it first by calling main
     launch,  # --seeds and --compare: calls main once per run
     load_data,
     load_weights,
+    mean_over_ranks,
     model_names,
     one_of,
     pick_device,
@@ -402,9 +407,10 @@ def main(args) -> dict:
     for epoch in range(first_epoch, args.epochs):
         student.train()
         helpers.train()
-        meter = Meter(epoch, args.epochs, len(data.train.labels))
+        meter = Meter(args, epoch, len(data.train.labels))
         shuffle = args.seed * 100_003 + epoch  # another for every seed and epoch
-        batches = data.batches("train", args.batch_size, shuffle, augment=True, first=run.step)
+        order = dict(seed=shuffle, augment=True, first=run.step, shared=True)
+        batches = data.batches("train", args.batch_size, **order)
         for step, (images, labels) in run.steps(batches, steps, meter, state):
             # [end]
             # Schedule, written for the recipe's number of epochs and played faster or slower for
@@ -421,16 +427,21 @@ def main(args) -> dict:
                     with torch.no_grad():
                         teacher_logits, teacher_features = run_teacher(images, return_features=True)
 
+            # Under torchrun, what is compared between images is gathered from all processes.
+            logits, labels = gather(args, logits, labels)
+
             # Losses, outside autocast and in float32. A term of weight 0 is not computed.
             relation = kd = at = 0.0
             ce = F.cross_entropy(logits.float(), labels)
             if args.sp_weight:
                 pairs = relation_inputs(features, args), relation_inputs(teacher_features, args)
-                relation = sum(relation_loss(s, t) for s, t in zip(*pairs))
+                relation = sum(relation_loss(*gather(args, s, t)) for s, t in zip(*pairs))
             if args.kd_weight:
+                [teacher_logits] = gather(args, teacher_logits)
                 kd = kd_loss(logits, teacher_logits, args.temperature)
             if args.at_weight:
                 at = sum(at_loss(s, t) for s, t in zip(features.maps, teacher_features.maps))
+                at = mean_over_ranks(args, at, len(images))  # it looks at one image at a time
             scale = len(labels) / args.sp_weight_batch if args.sp_weight_batch else 1.0
             loss = args.ce_weight * ce + args.sp_weight * scale * relation
             loss = loss + args.kd_weight * kd + args.at_weight * at
@@ -439,6 +450,7 @@ def main(args) -> dict:
             # [alike: step]
             optimizer.zero_grad()
             loss.backward()
+            average_gradients(optimizer)  # over the processes, if there are several
             optimizer.step()
             meter.add(logits, labels, terms)
 

@@ -94,6 +94,12 @@ def test_commands_for_detection_are_understood():
         detect_nd.parse_args(shlex.split(line))
 
 
+def test_the_command_for_several_processes_is_understood():
+    """tests/test_ranks.py runs such commands."""
+    [(script, flags)] = re.findall(r"^torchrun --nproc_per_node=\d+ (\w+)\.py (.*)$", README, re.M)
+    assert SCRIPTS[script].parse_args(shlex.split(flags)).gather == "global"
+
+
 def test_snippet_runs():
     scope = {}
     exec(re.search(r"```python\n(.*?)```", README, re.S).group(1), scope)
