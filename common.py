@@ -1681,13 +1681,16 @@ class Meter:
             + f"  train {top1:5.2f} %  {images / seconds:6.0f} images/s  {_clock(left)} left"
         )
 
+    def _add_up(self):
+        if self.shares > 1:
+            sum_over_ranks(self.sums)
+            self.images, self.shares = sum(_counts(self.images)), 1
+
     def close(self) -> dict:
         """-> the epoch's means, train top-1 in %, seconds and images/s."""
         self.check()
         seconds = time.perf_counter() - self.start
-        if self.shares > 1:
-            sum_over_ranks(self.sums)
-            self.images, self.shares = sum(_counts(self.images)), 1
+        self._add_up()
         terms, top1 = self._means()
         return {
             "epoch": self.epoch + 1,
@@ -1745,6 +1748,13 @@ def autocast(args, device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
+def take_buffers(model: nn.Module) -> None:
+    """BatchNorm's statistics, of which every process has its own: those of process 0."""
+    if world() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, args) -> float:
     """Top-1 on the test split, in %. Leaves the model in eval mode.
@@ -1752,9 +1762,7 @@ def evaluate(model: nn.Module, data: Data, args) -> float:
     Several processes share the images; BatchNorm's statistics are those of process 0.
     """
     model.eval()
-    if world() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+    take_buffers(model)
     correct = torch.zeros((), dtype=torch.int64, device=data.device)
     for images, labels in data.batches("test", 500, shared=True):
         with autocast(args, data.device):
@@ -1923,8 +1931,8 @@ class DetectionData:
 
     def _batches(self, samples, batch_size, seed):
         """Lists of (index, flip?). Shuffled: wide images with wide ones, tall with tall, for less
-        padding; what is left over of both makes the last batches. A last batch of one image is
-        left out, since BatchNorm on a 1x1 map is not defined on it."""
+        padding; what is left over of both makes the last batches. A last batch of one image (for
+        a process) is left out, since BatchNorm on a 1x1 map is not defined on it."""
         if seed is None:
             keys = [(i, False) for i in range(len(samples))]
             return [keys[k : k + batch_size] for k in range(0, len(keys), batch_size)]
@@ -1938,23 +1946,39 @@ class DetectionData:
             batches += [group[k : k + batch_size] for k in range(0, whole, batch_size)]
             rest += group[whole:]
         batches += [rest[k : k + batch_size] for k in range(0, len(rest), batch_size)]
-        if len(batches) > 1 and len(batches[-1]) == 1 < batch_size:
+        if len(batches) > 1 and len(batches[-1]) < min(2 * world(), batch_size):
             batches.pop()
+        if len(batches[-1]) < world():
+            raise UserError(
+                f"--batch-size {batch_size} of {len(samples)} images: {world()} processes need one"
+                " each"
+            )
         order = torch.randperm(len(batches), generator=rng).tolist()
         return [[(i, flips[i]) for i in batches[k]] for k in order]
 
     def batches(
-        self, split, batch_size: int, seed: int | None = None, limit=None, part=slice(None)
+        self,
+        split: str,
+        batch_size: int,
+        seed: int | None = None,
+        limit: int | None = None,
+        part: slice = slice(None),
+        shared: bool = False,
     ):
         """One pass, decoded by worker processes: (images, targets, image ids) of a batch.
 
         images: list of [3,H,W] in 0..1. targets: list of {"boxes", "labels"}, as torchvision's
         detectors take them. With a seed: shuffled, flipped with probability 1/2; the same seed
         gives the same batches, whatever the workers. limit: the first so many images. part: of the
-        pass, such as slice(3, None) to go on after three batches.
+        pass, such as slice(3, None) to go on after three batches. shared: what falls to this
+        process; with a seed a part of every batch, without one a part of the batches.
         """
         samples = getattr(self, split)[:limit]
         plan = self._batches(samples, batch_size, seed)[part]
+        if shared and seed is None:
+            plan = plan[share(len(plan))]
+        elif shared:
+            plan = [batch[share(len(batch))] for batch in plan]
         for batch in _decoded_batches(samples, plan, self.workers):
             for image, _ in batch:
                 if not torch.is_tensor(image):
@@ -2031,7 +2055,8 @@ def load_detection_data(args, device) -> DetectionData:
     torch.backends.cudnn.benchmark = False  # nearly every batch has another shape
     root, splits = Path(args.data_dir), (args.train_split, args.val_split)
     if args.dataset == "shapes":
-        root, splits = draw_scenes(root, args.image_size), ("train2017", "val2017")
+        with one_rank_first():
+            root, splits = draw_scenes(root, args.image_size), ("train2017", "val2017")
     key = ("detection", str(root), *splits, args.train_size, args.skip_bad_images, str(device))
     if key not in _LOADED:
         _LOADED.clear()
@@ -2065,7 +2090,8 @@ def _load_detection_data(args, root, splits, device):
     workers = args.workers
     if workers is None:
         affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-        workers = min(8, len(affinity(0)) if affinity else os.cpu_count())
+        cores = len(affinity(0)) if affinity else os.cpu_count()
+        workers = min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     read, bad = [], 0
     for split, (_, images, boxes) in zip(splits, tables):
         samples = _read_split(root / split, images, boxes, label_of, args.skip_bad_images)
@@ -2277,7 +2303,8 @@ def build_detector(name: str, num_classes: int, args, frozen_norm: bool = False)
     norm = torchvision.ops.FrozenBatchNorm2d if frozen else nn.BatchNorm2d
     options = {"weights": "IMAGENET1K_V1" if pretrained else None, "norm_layer": norm}
     try:
-        net = torchvision.models.get_model(name, **options)
+        with one_rank_first() if pretrained else contextlib.nullcontext():  # downloads
+            net = torchvision.models.get_model(name, **options)
     except OSError as error:
         raise UserError(
             f"cannot download the ImageNet weights of {name} ({error}); --no-pretrained-backbone"
@@ -2364,14 +2391,16 @@ def get_teacher_detector(args, data: DetectionData, train) -> TeacherDetector:
         new = _resumed_if_begun(argparse.Namespace(**new), data)
         recipe = {name: getattr(new, name, None) for name in DETECTOR_RECIPE}
         recipe |= {"data": data.fingerprint, "images": len(data.train)}
-        if path.exists():
+        if gather_objects(path.exists())[0]:
             _check_recipe(path, recipe)
         else:
             print(f"teacher: no {path}; training it for {new.epochs} epochs", flush=True)
             path.parent.mkdir(exist_ok=True)
             result = train(new)
-            weights = read_checkpoint(Path(new.out) / "student.pt")
-            save_whole(path, {"model": weights, "recipe": recipe, "ap": result["student_ap"]})
+            if rank() == 0:
+                weights = read_checkpoint(Path(new.out) / "student.pt")
+                save_whole(path, {"model": weights, "recipe": recipe, "ap": result["student_ap"]})
+            wait_for_all()
     if path:
         net = load_detector(args.teacher, data.num_classes, args, path)
     else:
@@ -2403,7 +2432,8 @@ def _coco_detector(args, data):
             f"--fpn-width {args.fpn_width}: torchvision's teacher has 256; leave it out"
         )
     try:
-        state = COCO_WEIGHTS.get_state_dict(progress=False, check_hash=True)
+        with one_rank_first():
+            state = COCO_WEIGHTS.get_state_dict(progress=False, check_hash=True)
     except OSError as error:
         raise UserError(
             f"cannot download the teacher {COCO_WEIGHTS.url} ({error}); give --teacher-ckpt FILE"
@@ -2421,10 +2451,14 @@ AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 @torch.no_grad()
 def detect(model: nn.Module, data: DetectionData, args) -> list[dict]:
-    """Its detections on the validation split, in COCO's format. Leaves the model in eval mode."""
+    """Its detections on the validation split, in COCO's format. Leaves the model in eval mode.
+
+    Several processes share the batches; BatchNorm's statistics are those of process 0.
+    """
     model.eval()
+    take_buffers(model)
     found = []
-    for images, _, image_ids in data.batches("val", args.batch_size):
+    for images, _, image_ids in data.batches("val", args.batch_size, shared=True):
         with autocast(args, data.device):
             results = model(images)
         for image_id, result in zip(image_ids, results):
@@ -2433,7 +2467,7 @@ def detect(model: nn.Module, data: DetectionData, args) -> list[dict]:
             for box, label, score in scored:
                 category = data.category_ids[label]
                 found.append(dict(image_id=image_id, category_id=category, bbox=box, score=score))
-    return found
+    return [detection for part in gather_objects(found) for detection in part]
 
 
 def coco_ap(truth: dict, found: list[dict]) -> tuple[dict, dict]:
@@ -2463,7 +2497,9 @@ def coco_ap(truth: dict, found: list[dict]) -> tuple[dict, dict]:
 
 def evaluate_detector(model: nn.Module, data: DetectionData, args) -> dict:
     """AP and its kin on the validation split, %."""
-    return coco_ap(data.truth, detect(model, data, args))[0]
+    found = detect(model, data, args)
+    scores = coco_ap(data.truth, found)[0] if rank() == 0 else None
+    return gather_objects(scores)[0]
 
 
 def ap_line(scores: dict) -> str:
@@ -2474,7 +2510,8 @@ def ap_line(scores: dict) -> str:
 class DetectionMeter(Meter):
     """Meter without a training accuracy; a term that is not finite ends the run at its step.
 
-    Its last argument: the images from the epoch's start to the end of the run.
+    Its last argument: the images from the epoch's start to the end of the run. Of several
+    processes each adds its own images.
     """
 
     def add(self, terms: dict, image_ids: list[int]) -> None:
@@ -2493,10 +2530,10 @@ class DetectionMeter(Meter):
         self._show()
 
     def _line(self, seconds):
-        left = max(0, self.total - self.images) / self.images
-        left *= time.perf_counter() - self.start
+        images = self.images * self.shares
+        left = max(0, self.total - images) / images * (time.perf_counter() - self.start)
         means = "  ".join(f"{name} {value:#.3g}" for name, value in self._term_means().items())
-        rate = self.images / seconds
+        rate = images / seconds
         return f"epoch {self.epoch + 1:3d}/{self.epochs}  {means}  {rate:5.1f} images/s  " + (
             f"{_clock(left)} left"
         )
@@ -2506,6 +2543,7 @@ class DetectionMeter(Meter):
 
     def close(self) -> dict:
         seconds = time.perf_counter() - self.start
+        self._add_up()
         return {
             "epoch": self.epoch + 1,
             **{name: float(f"{value:.6g}") for name, value in self._term_means().items()},

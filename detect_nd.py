@@ -57,6 +57,7 @@ from common import (  # nothing in there knows about distillation
     ap_line,
     as_trained,  # --eval: the settings that its run was trained with
     autocast,
+    average_gradients,
     below_one,
     build_detector,
     coco_ap,
@@ -74,7 +75,9 @@ from common import (  # nothing in there knows about distillation
     positive,
     positive_int,
     pyplot,
+    rank,  # under torchrun the number of this process
     run_program,
+    sum_over_ranks,
     weight,
 )
 
@@ -235,16 +238,18 @@ def region_class_means(teacher: nn.Module, batches, num_classes: int):
     batches: (images, targets, ...). Regions are sampled as in training, from the teacher's own
     proposals and the ground truth; sums in double precision. A class without a region is 0.
     """
-    sums = counts = 0
+    score = teacher.roi_heads.box_predictor.cls_score
+    sums = score.weight.new_zeros(num_classes, score.in_features, dtype=torch.float64)
+    counts = score.weight.new_zeros(num_classes, dtype=torch.int64)
     for images, targets, *_ in batches:
         batch, targets = teacher.transform(images, targets)
         maps = teacher.backbone(batch.tensors)
         proposals, _ = teacher.rpn(batch, maps)
         boxes, _, labels, _ = teacher.roi_heads.select_training_samples(proposals, targets)
         emb, labels = box_branch(teacher, maps, boxes, batch.image_sizes)[0], torch.cat(labels)
-        zeros = emb.new_zeros(num_classes, emb.shape[1], dtype=torch.float64)
-        sums = sums + zeros.index_add_(0, labels, emb.double())
-        counts = counts + labels.bincount(minlength=num_classes)
+        sums.index_add_(0, labels, emb.double())
+        counts += labels.bincount(minlength=num_classes)
+    sum_over_ranks(sums, counts)  # under torchrun each process saw its share of the images
     return (sums / counts.clamp_min(1)[:, None]).float(), counts
 
 
@@ -253,7 +258,8 @@ def load_region_means(args, data, teacher):
 
     def compute():
         print("class means of regions: one pass of the teacher", flush=True)
-        batches = data.batches("train", args.batch_size, limit=args.class_means_images)
+        limit = args.class_means_images
+        batches = data.batches("train", args.batch_size, limit=limit, shared=True)
         torch.manual_seed(0)
         means, counts = region_class_means(teacher.net, batches, data.num_classes)
         return {"means": means.cpu(), "counts": counts.cpu()}
@@ -443,8 +449,8 @@ def main(args) -> dict:
         meter = DetectionMeter(args, epoch, args.batch_size * todo)
         shuffle = args.seed * 100_003 + epoch  # another for every seed and epoch
         last = min(steps, todo)
-        part = slice(run.step, last)
-        batches = data.batches("train", args.batch_size, shuffle, part=part)
+        order = dict(seed=shuffle, part=slice(run.step, last), shared=True)
+        batches = data.batches("train", args.batch_size, **order)
         for step, (images, targets, image_ids) in run.steps(batches, last, meter, state):
             # Schedule: lr / 10 at 120 and 160 of 180 parts of the run; at first it grows linearly.
             done = epoch * steps + step
@@ -484,13 +490,14 @@ def main(args) -> dict:
             optimizer.zero_grad()
             meter.add({**losses, "nd": nd, "kd": kd, "reviewkd": reviewkd}, image_ids)
             loss.backward()
+            average_gradients(optimizer)  # over the processes, if there are several
             optimizer.step()
 
         metrics = meter.close() | evaluate_detector(student, data, args) | {"lr": lr}
         meter.report(metrics)
         run.end_epoch(metrics, **state)
 
-    if args.plot:
+    if args.plot and rank() == 0:
         plain = load_detector(
             args.student, data.num_classes, args, run.dir / "plain" / "student.pt"
         ).to(device)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import torchvision
 from helpers import ROOT, TIMES, lines, result, same, weights
 from PIL import Image
+from test_ranks import finish, torchrun
 
 import common
 import detect_nd
@@ -326,8 +327,9 @@ def test_batches_flip_boxes_with_pixels_and_do_not_depend_on_workers(coco):
     assert 0 < flips < 12
 
 
-def test_batches_hold_images_of_one_orientation(few_scenes):
+def test_batches_hold_images_of_one_orientation_and_are_shared(few_scenes, monkeypatch):
     data = common.load_detection_data(parsed(), CPU)
+    drawn = data.train * 3
     odd = [s._replace(width=100 + 50 * (i % 3 == 0), height=120) for i, s in enumerate(data.train)]
     data.train = (odd * 4)[:30]  # 12 wide and 18 tall
     keys = data._batches(data.train, 4, 7)
@@ -338,6 +340,23 @@ def test_batches_hold_images_of_one_orientation(few_scenes):
     assert keys == data._batches(data.train, 4, 7) != data._batches(data.train, 4, 8)
     data.train = data.train[:9]
     assert data.steps(4) == 2  # one over: left out
+    monkeypatch.setattr(common, "world", lambda: 3)
+    data.train = odd[:6] * 3
+    assert data.steps(12) == 2 and data.steps(13) == 1  # 12 and 6; 13, and 5: less than two each
+    with pytest.raises(common.UserError, match="--batch-size 2 .* 3 processes need one each"):
+        data.steps(2)
+    data.train, shares = drawn[:18], []
+    for rank in range(3):
+        monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
+        for seed in (None, 0):
+            shares.append([ids for *_, ids in data.batches("train", 7, seed, shared=True)])
+    for whole, parts in zip((None, 0), (shares[::2], shares[1::2])):
+        batches = [ids for *_, ids in data.batches("train", 7, whole)]
+        if whole is None:  # a part of the batches
+            assert sum(parts, []) == batches and [len(p) for p in parts] == [1, 1, 1]
+        else:  # a part of every batch
+            assert [sum(ids, []) for ids in zip(*parts)] == batches
+            assert [len(ids) for part in parts for ids in part] == [2, 2, 2, 2, 3, 3]
 
 
 def test_scenes_are_drawn_once_and_alike(few_scenes, monkeypatch):
@@ -467,27 +486,25 @@ def test_weights_of_zero_are_the_plain_detector_bit_for_bit(quick):
     assert same(weights("o/student.pt"), net.state_dict())
 
 
-@pytest.mark.parametrize("foreground_only", [False, True])
-def test_a_step_is_the_one_written_by_hand(quick, foreground_only):
-    """All terms at once: torchvision's detector, the formulas, SGD without momentum or decay."""
-    weights_of = dict(nd=3.0, kd=20.0, reviewkd=2.0)
-    command = quick.replace("--epochs 1", "--iterations 1 --momentum 0 --weight-decay 0 --lr 5")
-    command += " --nd-foreground-only" * foreground_only
-    command += "".join(f" --{name}-weight {value}" for name, value in weights_of.items())
-    assert run(command, "--seed", "4") == 0
-    args = parsed(command)
+WEIGHTS = dict(nd=3.0, kd=20.0, reviewkd=2.0)
+STEP = "--iterations 1 --momentum 0 --weight-decay 0 --lr 5 --seed 4"
+STEP += "".join(f" --{name}-weight {value}" for name, value in WEIGHTS.items())
+
+
+def gradients_by_hand(args, means, counts, part=slice(None), draws=4):
+    """Of the first step, all terms at once: torchvision's detector and the formulas.
+
+    part: of the batch's images. draws: the seed of the regions.
+    """
     data = common.load_detection_data(args, CPU)
     teacher = common.load_detector("mobilenet_v2", 7, args, "teacher.pth")
-    torch.manual_seed(0)
-    means, counts = detect_nd.region_class_means(teacher, data.batches("train", 4), 7)
     torch.manual_seed(4)
     student = common.build_detector("mobilenet_v2", 7, args).train()
     review = detect_nd.ReviewKD([16] * 5, [16] * 5, 16)
-    before = {k: v.clone() for k, v in student.named_parameters()}
-
-    torch.manual_seed(4)
+    before = {k: v.detach().clone() for k, v in student.named_parameters()}
+    torch.manual_seed(draws)
     images, targets, _ = next(iter(data.batches("train", 4, 4 * 100_003)))
-    images, targets = student.transform(images, targets)
+    images, targets = student.transform(images[part], targets[part])
     maps = student.backbone(images.tensors)
     proposals, losses = student.rpn(images, maps, targets)
     heads = student.roi_heads
@@ -504,30 +521,85 @@ def test_a_step_is_the_one_written_by_hand(quick, foreground_only):
     fastrcnn_loss = torchvision.models.detection.roi_heads.fastrcnn_loss
     loss = sum(losses.values()) + sum(fastrcnn_loss(s_logits, regressed, labels, offsets))
     y = torch.cat(labels)
-    keep = counts[y] > 0
-    if foreground_only:
-        keep &= y > 0
-    assert 0 < keep.sum() and (y == 0).any() and (y > 0).any()
+    assert (y == 0).any() and (y > 0).any()
+    keep = (counts[y] > 0) & ((y > 0) | (not args.nd_foreground_only))
     cos = F.cosine_similarity(s, means[y], eps=1e-12)
     nd = 1 - cos * (s.norm(dim=1) / t.norm(dim=1)).clamp(max=1)
-    loss = loss + weights_of["nd"] * nd[keep].mean()
     p, q = t_logits.softmax(1), s_logits.softmax(1)
-    loss = loss + weights_of["kd"] * (p * (p / q).log()).sum(1).mean()
     fused = review(list(maps.values()), list(t_maps.values()))
-    loss = loss + weights_of["reviewkd"] * detect_nd.hcl_loss(fused, list(t_maps.values()))
+    loss = loss + WEIGHTS["nd"] * nd[keep].mean()
+    loss = loss + WEIGHTS["kd"] * (p * (p / q).log()).sum(1).mean()
+    loss = loss + WEIGHTS["reviewkd"] * detect_nd.hcl_loss(fused, list(t_maps.values()))
     loss.backward()
+    return before, {name: p.grad for name, p in student.named_parameters()}
+
+
+def assert_moved_along(before, gradients):
+    """At the first step of the warm-up a thousandth of the learning rate counts."""
     after = weights("o/student.pt")
-    for part in (
-        "backbone.body",
-        "backbone.fpn",
-        "rpn",
-        "roi_heads.box_head",
-        "roi_heads.box_pred",
-    ):
+    for part in ("backbone.body", "backbone.fpn", "rpn", "roi_heads.box_head", "roi_heads.box_p"):
         names = [name for name in before if name.startswith(part)]
         moved = torch.cat([(after[name] - before[name]).flatten() for name in names])
-        wanted = torch.cat([-0.005 * student.get_parameter(n).grad.flatten() for n in names])
+        wanted = torch.cat([-0.005 * gradients[name].flatten() for name in names])
         assert (moved - wanted).norm() < 2e-3 * wanted.norm() > 0, part
+
+
+@pytest.mark.parametrize("foreground_only", [False, True])
+def test_a_step_is_the_one_written_by_hand(quick, foreground_only):
+    command = quick.replace("--epochs 1", STEP) + " --nd-foreground-only" * foreground_only
+    assert run(command) == 0
+    args = parsed(command)
+    data = common.load_detection_data(args, CPU)
+    teacher = common.load_detector("mobilenet_v2", 7, args, "teacher.pth")
+    torch.manual_seed(0)
+    means = detect_nd.region_class_means(teacher, data.batches("train", 4), 7)
+    assert_moved_along(*gradients_by_hand(args, *means))
+
+
+@pytest.mark.xdist_group("ranks")
+def test_two_ranks(quick, monkeypatch):
+    """A step is the mean of the two halves' gradients; AP is that of one process, to the digit."""
+    monkeypatch.setattr(common, "SCENES", {"train2017": 9, "val2017": 9})
+    command = quick.replace("--epochs 1", STEP)
+    args = parsed(command)
+    data = common.load_detection_data(args, CPU)
+    program = "import sys; sys.path.insert(0, sys.argv.pop(1)); import common, detect_nd\n"
+    program += "common.hopeless = lambda ap: False\n"
+    program += "sys.exit(common.run_program(detect_nd.program))\n"
+    Path("program.py").write_text(program)
+    process = torchrun([Path("program.py").absolute(), ROOT, *shlex.split(command)], Path.cwd())
+    status, out, err = finish(process)
+    assert status == 0, err
+    assert result("o")["world_size"] == 2 and out.count("epoch   1/1") == 1
+    # class means: each rank took one of the two batches, and drew from the same seed
+    teacher = common.load_detector("mobilenet_v2", 7, args, "teacher.pth")
+    sums, seen = 0, 0
+    for batch in data.batches("train", 4):
+        torch.manual_seed(0)
+        part, count = detect_nd.region_class_means(teacher, [batch], 7)
+        sums, seen = sums + part.double() * count[:, None], seen + count
+    [file] = Path("checkpoints").glob("region-means-*.pt")
+    kept = torch.load(file, weights_only=True)["value"]
+    assert torch.equal(kept["counts"], seen)
+    assert torch.allclose(kept["means"].double() * seen[:, None], sums, rtol=1e-5, atol=1e-5)
+    # the step
+    halves = [
+        gradients_by_hand(args, kept["means"], seen, part, draws)
+        for part, draws in ((slice(0, 2), 4), (slice(2, 4), 4 + 7919))
+    ]
+    (before, first), (_, second) = halves
+    mean = {name: (first[name] + second[name]) / 2 for name in first}
+    assert_moved_along(before, mean)
+    # the detections: of three batches each rank took some
+    teacher_ap = common.evaluate_detector(teacher, data, args)
+    assert f"teacher.pth: {common.ap_line(teacher_ap)}\n" in out
+    assert result("o")["teacher_ap"] == teacher_ap["AP"] > 0
+    found = common.detect(teacher, data, args)
+    for share in (slice(0, 4), slice(4, 9)):
+        of_share = [f for f in found if f["image_id"] in range(9)[share]]
+        assert common.coco_ap(data.truth, of_share)[0] != teacher_ap
+    student = common.load_detector("mobilenet_v2", 7, args, "o/student.pt")
+    assert common.evaluate_detector(student, data, args) == result("o")["ap"]
 
 
 def test_schedule_and_warm_up(quick, monkeypatch):
