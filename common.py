@@ -5,7 +5,7 @@ Read a method script (`nd.py`) first; it imports what it needs from here by name
   errors and exit codes      UserError, run_program
   several processes          gather, average_gradients (torchrun)
   networks                   build_model, load_weights, fold_batchnorm, model_names
-  data                       load_data (CIFAR, SVHN, STL-10, image trees, the drawn `shapes`)
+  data                       load_data (CIFAR and its like, image trees, ImageNet, drawn `shapes`)
   the teacher                get_teacher: load it, or train it first and keep it
   detection                  build_detector, load_detection_data (COCO's layout), evaluate_detector
   files of a run             Run (resume, metrics, result), Meter (loss terms, progress line)
@@ -50,6 +50,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
+from torchvision.transforms import v2 as transforms
 
 # ---------------------------------------------------------------------------------------------
 # Errors and exit codes
@@ -686,7 +687,10 @@ def build_model(name: str, num_classes: int, pretrained: bool = False) -> nn.Mod
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on how to initialise googlenet faster
         try:
-            weights = "DEFAULT" if pretrained else None
+            weights = None
+            if pretrained:  # the older weights, where there are two: those that papers start from
+                known = torchvision.models.get_model_weights(name)
+                weights = getattr(known, "IMAGENET1K_V1", known.DEFAULT)
             net = torchvision.models.get_model(name, weights=weights, **options)
         except OSError as error:
             raise UserError(f"cannot download the weights of {name}: {error}") from None
@@ -875,7 +879,8 @@ def fold_batchnorm(model: nn.Module, example: Tensor) -> nn.Module:
 
 
 # ---------------------------------------------------------------------------------------------
-# Data: whole sets as uint8 on the device, augmented there in batches, no worker processes
+# Data: whole sets as uint8 on the device, augmented there in batches, no worker processes; and
+# ImageNet, decoded by workers
 # ---------------------------------------------------------------------------------------------
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -884,13 +889,14 @@ STATS = {  # mean and standard deviation of the training pixels, R G B, as the f
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
     "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
+    "imagenet": IMAGENET_STATS,
     "folder": IMAGENET_STATS,
     "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 }
 
 
 class Split(NamedTuple):
-    images: Tensor  # [N,S,S,3] uint8
+    images: Tensor | list[str]  # [N,S,S,3] uint8, or the files
     labels: Tensor  # [N] int64
 
 
@@ -898,15 +904,16 @@ class Data:
     """A data set on the device. `batches` yields normalised images [B,3,S,S] and labels [B]."""
 
     def __init__(self, name: str, train: Split, test: Split, classes: list[str], device):
-        self.name, self.classes, self.num_classes = name, classes, len(classes)
-        self.image_size = train.images.shape[1]
         digest = hashlib.sha256()
         for tensor in (*train, *test):
             digest.update(tensor.contiguous().numpy())
-        self.fingerprint = digest.hexdigest()[:16]
+        self._describe(name, classes, train.images.shape[1], digest, device)
         self.train = Split(*(t.to(device) for t in train))
         self.test = Split(*(t.to(device) for t in test))
-        self.device = device
+
+    def _describe(self, name, classes, image_size, digest, device):
+        self.name, self.classes, self.num_classes = name, classes, len(classes)
+        self.fingerprint, self.image_size, self.device = digest.hexdigest()[:16], image_size, device
         mean, std = (torch.tensor(s, device=device).view(1, 3, 1, 1) for s in STATS[name])
         self.mean, self.std = mean * 255, std * 255
         self.pad = self.image_size // 8  # 4 at 32 pixels
@@ -954,14 +961,7 @@ class Data:
         flip = (torch.rand(count, 1, generator=rng) < 0.5) & self.may_flip
         order, shift, flip = (t.to(self.device) for t in (order, shift, flip))
         grid = torch.arange(size, device=self.device)
-        for start in range(first * batch_size, count, batch_size):
-            part = range(start, min(start + batch_size, count))
-            if seed is not None and len(part) < (2 * world() if shared else 2):
-                break
-            part = part[share(len(part))] if shared else part
-            part = slice(part.start, part.stop)
-            if part.start == part.stop:  # more processes than images
-                continue
+        for part in _parts(count, batch_size, first, seed is not None, shared):
             x, y = images[order[part]], labels[order[part]]  # [B,S,S,3], [B]
             if augment:
                 rows = shift[0, part] + grid  # [B,S], in the padded image
@@ -979,10 +979,126 @@ class Data:
 
     def test_batch(self, per_class: int, classes: int) -> tuple[Tensor, Tensor]:
         """The first test images of each of the first classes, sorted by class, for pictures."""
+        index = self._of_each_class(per_class, classes)
+        return self._normalised(self.test.images[index]), self.test.labels[index]
+
+    def _of_each_class(self, per_class, classes):
         labels = self.test.labels
         index = [(labels == k).nonzero().flatten()[:per_class] for k in range(self.num_classes)]
-        index = torch.cat(index[:classes])
-        return self._normalised(self.test.images[index]), labels[index]
+        return torch.cat(index[:classes])
+
+
+def _parts(count, batch_size, first, shuffled, shared):
+    """Of each batch from `first` on, the slice of the pass that this process takes."""
+    for start in range(first * batch_size, count, batch_size):
+        part = range(start, min(start + batch_size, count))
+        if shuffled and len(part) < (2 * world() if shared else 2):
+            return
+        part = part[share(len(part))] if shared else part
+        if part:  # else there are more processes than images
+            yield slice(part.start, part.stop)
+
+
+class StreamedData(Data):
+    """A set too large to hold: files decoded in every pass, by worker processes.
+
+    Training: a random part of the image (a twelfth to all of its area), resized, and a flip.
+    Testing: the shorter side resized to 8/7 of the size, and the centre of that.
+    """
+
+    def __init__(self, name, train, test, classes, image_size, workers, device):
+        digest = hashlib.sha256()  # of names alone: a million files are not read twice
+        for files, labels in (train, test):
+            names = (f"{Path(path).name} {label}" for path, label in zip(files, labels.tolist()))
+            digest.update(os.fsencode("\n".join(names)))
+        self._describe(name, classes, image_size, digest, device)
+        self.train, self.test = (Split(s.images, s.labels.to(device)) for s in (train, test))
+        self.workers = cores() if workers is None else workers
+
+    def batches(
+        self,
+        split: str,
+        batch_size: int,
+        seed: int | None = None,
+        augment: bool = False,
+        first: int = 0,
+        shared: bool = False,
+    ):
+        """As `Data.batches`. What is random of an image depends on the seed, not on the workers."""
+        count = len(getattr(self, split).labels)
+        rng = torch.Generator().manual_seed(seed or 0)
+        order = torch.arange(count) if seed is None else torch.randperm(count, generator=rng)
+        draws = torch.randint(2**31, (count,), generator=rng) if augment else None
+        parts = list(_parts(count, batch_size, first, seed is not None, shared))
+        loader = torch.utils.data.DataLoader(
+            self._files(split, order, draws),
+            batch_size=None,  # the data set itself makes batches: a worker decodes a whole one
+            sampler=parts,
+            num_workers=min(self.workers, len(parts)),
+            worker_init_fn=_ignore_signals,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # its own, or it would draw from the run's
+        )
+        for images, labels in loader:
+            if isinstance(images, str):
+                raise UserError(images)
+            images, labels = (x.to(self.device, non_blocking=True) for x in (images, labels))
+            yield self._normalised(images), labels
+
+    def _files(self, split, order, draws=None):
+        files, labels = getattr(self, split)
+        return _Files(files, labels.cpu(), order, draws, self.image_size)
+
+    def _decoded(self, order):
+        images, _ = self._files("test", order)[:]
+        if isinstance(images, str):
+            raise UserError(images)
+        return self._normalised(images.to(self.device))
+
+    def first_images(self, count: int = 2) -> Tensor:
+        return self._decoded(torch.arange(min(count, len(self.test.labels))))
+
+    def test_batch(self, per_class: int, classes: int) -> tuple[Tensor, Tensor]:
+        index = self._of_each_class(per_class, classes)
+        return self._decoded(index.cpu()), self.test.labels[index]
+
+
+class _Files(torch.utils.data.Dataset):
+    """[a slice of the pass] -> images [B,S,S,3] uint8, or what is wrong with one, and labels [B].
+
+    order: the indices of the pass. draws: a seed for each of them, to augment it; or None.
+    """
+
+    def __init__(self, files, labels, order, draws, size):
+        self.files, self.labels, self.order, self.draws = files, labels, order, draws
+        steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+        if draws is None:
+            steps = [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size)]
+        self.size, self.transform = size, transforms.Compose(steps)
+
+    def __len__(self):
+        return len(self.order)
+
+    def __getitem__(self, part):
+        order = self.order[part]
+        images = torch.empty(len(order), self.size, self.size, 3, dtype=torch.uint8)
+        for row, k in enumerate(order.tolist()):
+            try:
+                image = read_rgb(self.files[k])
+            except UserError as error:
+                return str(error), None
+            with torch.random.fork_rng(devices=[]):
+                if self.draws is not None:
+                    torch.manual_seed(int(self.draws[part][row]))
+                images[row] = torch.from_numpy(np.array(self.transform(image)))
+        return images, self.labels[order]
+
+
+def cores() -> int:
+    """How many processors this process may use; those of one machine share them."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    found = len(affinity(0)) if affinity else os.cpu_count()
+    return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def load_data(args, device) -> Data:
@@ -1002,6 +1118,8 @@ def _load_data(args, device):
     size = args.image_size
     if args.dataset == "shapes":
         train, test, classes = draw_shapes(5000, 0, size), draw_shapes(1000, 1, size), SHAPE_CLASSES
+    elif args.dataset == "imagenet":
+        return _imagenet(args, device)
     elif args.dataset == "folder":
         train, test, classes = _read_trees(Path(args.data_dir), size, args.workers)
     elif args.dataset == "cifar100" and (Path(args.data_dir) / "cifar100" / "train").is_dir():
@@ -1009,24 +1127,37 @@ def _load_data(args, device):
     else:
         train, test, classes = _read_torchvision(args.dataset, args.data_dir, size)
     if args.train_size:
-        train = _subset(train, args.train_size, len(classes))
+        keep = _subset(train.labels, args.train_size, len(classes))
+        train = Split(train.images[keep], train.labels[keep])
     return Data(args.dataset, train, test, classes, device)
 
 
-def _subset(split, count, num_classes):
-    """`count` images, the classes as even as they can be, the same for every seed."""
-    if not num_classes <= count <= len(split.labels):
+def _subset(labels, count, num_classes):
+    """Indices of `count` images, the classes as even as they can be, the same for every seed."""
+    if not num_classes <= count <= len(labels):
         raise UserError(
-            f"--train-size {count}: must be from {num_classes} (one a class) to"
-            f" {len(split.labels)} (all)"
+            f"--train-size {count}: must be from {num_classes} (one a class) to {len(labels)} (all)"
         )
-    order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(0))
-    rank = torch.empty_like(order)  # of an image within its class, in that order
-    for label in range(num_classes):
-        mine = order[split.labels[order] == label]
-        rank[mine] = torch.arange(len(mine))
-    keep = torch.argsort(rank, stable=True)[:count].sort().values
-    return Split(split.images[keep], split.labels[keep])
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    by_class = order[torch.argsort(labels[order], stable=True)]
+    counts = labels.bincount(minlength=num_classes).tolist()
+    place = torch.empty_like(order)  # of an image within its class, in that order
+    place[by_class] = torch.cat([torch.arange(n) for n in counts])
+    return torch.argsort(place, stable=True)[:count].sort().values
+
+
+def _imagenet(args, device):
+    sets, _ = _trees(Path(args.data_dir))
+    splits = []
+    for tree in sets:
+        files, labels = zip(*tree.samples)
+        splits.append(Split(list(files), torch.tensor(labels)))
+    train, test = splits
+    if args.train_size:
+        keep = _subset(train.labels, args.train_size, len(sets[0].classes))
+        train = Split([train.images[k] for k in keep.tolist()], train.labels[keep])
+    classes, size = sets[0].classes, args.image_size
+    return StreamedData("imagenet", train, test, classes, size, args.workers, device)
 
 
 def _read_torchvision(name, root, size):
@@ -1084,7 +1215,8 @@ def _is_image(path):
     return path.lower().endswith(extensions) and not os.path.basename(path).startswith(".")
 
 
-def _read_trees(root, size, workers):
+def _trees(root):
+    """The two splits as torchvision reads them, and their folders."""
     train_dir = root / "train"
     test_dir = next((d for d in (root / "val", root / "test") if d.is_dir()), root / "val")
     sets = []
@@ -1107,9 +1239,14 @@ def _read_trees(root, size, workers):
             f"{root}: class '{odd}' is in one of {train_dir.name}/ and"
             f" {test_dir.name}/ only; every class needs images in both"
         )
+    return sets, (train_dir, test_dir)
+
+
+def _read_trees(root, size, workers):
+    sets, folders = _trees(root)
     splits = [
         _decoded(data.samples, size, workers, root / f".decoded-{folder.name}-{size}.pt")
-        for data, folder in zip(sets, (train_dir, test_dir))
+        for data, folder in zip(sets, folders)
     ]
     return *splits, sets[0].classes
 
@@ -1297,7 +1434,7 @@ def kept(path: Path, made_by: dict, compute, together: bool = True):
 FREE = {"resume", "out", "device", "workers", "compile", "compare", "seeds", "eval", "data_dir"}
 FREE |= {"script", "method", "plot", "save_minutes", "tensorboard"}
 FREE |= {"per_class", "predict", "train_teacher"}
-FREE |= {"teacher_ckpt", "student_ckpt"}  # weights are compared by their hash
+FREE |= {"teacher_ckpt", "student_ckpt", "pretrained_teacher"}  # weights are compared by their hash
 
 
 def lasting(args) -> dict:
@@ -1797,7 +1934,8 @@ _EVALUATED: dict = {}
 
 
 def get_teacher(args, data: Data, train) -> Teacher:
-    """The teacher named by --teacher: from --teacher-ckpt, else from `checkpoints/`, else trained.
+    """The teacher named by --teacher: from --teacher-ckpt, else from `checkpoints/`, else trained;
+    with --pretrained-teacher, torchvision's.
 
     `train(args)` is the calling script's own `main`: a teacher is a student without a teacher.
     UserError: a checkpoint that does not fit, a --teacher-ckpt near chance, or a teacher in
@@ -1805,7 +1943,15 @@ def get_teacher(args, data: Data, train) -> Teacher:
     """
     net = build_model(args.teacher, data.num_classes)
     path = Path(args.teacher_ckpt or f"checkpoints/{args.dataset}_{args.teacher}.pt")
-    if not args.teacher_ckpt:
+    if args.pretrained_teacher:
+        path = "torchvision"
+        if data.num_classes != 1000:
+            raise UserError(
+                f"--pretrained-teacher: it knows ImageNet's 1,000 classes, here are"
+                f" {data.num_classes}; --pretrained trains a teacher that starts from those weights"
+            )
+        net = build_model(args.teacher, data.num_classes, pretrained=True)
+    elif not args.teacher_ckpt:
         teacher_args = _teacher_args(args, data)
         recipe = {name: getattr(teacher_args, name, None) for name in TEACHER_RECIPE}
         recipe |= {"data": data.fingerprint, "images": len(data.train.labels)}
@@ -1822,7 +1968,8 @@ def get_teacher(args, data: Data, train) -> Teacher:
                 top1 = result["student_top1"]
                 save_whole(path, {"model": weights, "recipe": recipe, "test_top1": top1})
             wait_for_all()
-    load_weights(net, path)
+    if not args.pretrained_teacher:
+        load_weights(net, path)
     probe(net, data)  # does it take images of this size?
     weights_hash = state_hash(net)
     net = net.to(data.device, memory_format=torch.channels_last)
@@ -1833,7 +1980,7 @@ def get_teacher(args, data: Data, train) -> Teacher:
         print(f"teacher {args.teacher} from {path}: test {top1:.2f} %", flush=True)
         if near_chance(top1, data.num_classes):
             problem = f"{path}: {top1:.2f} % on the test images is near chance"
-            if args.teacher_ckpt:
+            if args.teacher_ckpt or args.pretrained_teacher:
                 raise UserError(f"{problem}: other class order, preprocessing or --dataset?")
             print(f"warning: {problem}: train it longer (--teacher-epochs)", file=sys.stderr)
         _EVALUATED[key] = top1
@@ -2087,11 +2234,7 @@ def _load_detection_data(args, root, splits, device):
         ids = [None, *sorted(categories)]
         classes = ["__background__", *(categories[i] for i in ids[1:])]
     label_of = {category: label for label, category in enumerate(ids) if category in categories}
-    workers = args.workers
-    if workers is None:
-        affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-        cores = len(affinity(0)) if affinity else os.cpu_count()
-        workers = min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    workers = min(8, cores()) if args.workers is None else args.workers
     read, bad = [], 0
     for split, (_, images, boxes) in zip(splits, tables):
         samples = _read_split(root / split, images, boxes, label_of, args.skip_bad_images)
@@ -2712,11 +2855,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     datasets = one_of("data set", list(STATS))
     add("--dataset", type=datasets, default="cifar100", metavar="NAME", help=", ".join(STATS))
     add("--data-dir", default="data", metavar="DIR", help="where the data lies or is downloaded to")
-    add("--image-size", type=image_size, default=32, metavar="N", help="pixels, as for folder (32)")
+    add("--image-size", type=image_size, metavar="N", help="pixels (32; imagenet 224)")
     add(
         "--train-size", type=positive_int, metavar="N", help="train on N images, even classes (all)"
     )
     add("--teacher-ckpt", metavar="FILE", help="a teacher's weights, such as RepDistiller's")
+    add("--pretrained-teacher", action="store_true", help="torchvision's ImageNet weights, as such")
     add(
         "--seed",
         type=seed,
@@ -2737,7 +2881,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", help="torch.compile both networks: slow start, for a GPU")
     add("--gather", choices=("global", "local"), default="global", help="under torchrun losses"
         " between images see the whole batch, or each process its own share (global)")  # fmt: skip
-    add("--workers", type=positive_int, metavar="N", help="threads that decode a tree (all cores)")
+    add("--workers", type=positive_int, metavar="N", help="threads that decode a tree, processes"
+        " that decode imagenet (one a core)")  # fmt: skip
     _add_file_arguments(add)
 
 
@@ -2799,10 +2944,14 @@ def launch(main, args, baselines: dict, needed: tuple = ()) -> None:
         torch.use_deterministic_algorithms(True)
     elif pick_device(args.device).type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes are the same at every step
+    if args.dataset in STATS and args.image_size is None:
+        args.image_size = 224 if args.dataset == "imagenet" else 32
     if args.resume and args.eval:
         raise UserError("--resume and --eval: choose one")
     if args.eval:
         return print_top1(args)
+    if args.teacher_ckpt and getattr(args, "pretrained_teacher", False):
+        raise UserError("--teacher-ckpt and --pretrained-teacher: choose one")
     if args.teacher_ckpt:
         read_checkpoint(args.teacher_ckpt)  # fail before the data is read
     results, runs = [], []

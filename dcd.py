@@ -211,13 +211,22 @@ def kd_loss(
 # --- to here ----------------------------------------------------------------------------------
 
 
+# By data set. CIFAR: the field's benchmark, which is the paper's; ImageNet: the paper's code.
+RECIPES = {
+    "cifar": dict(teacher="resnet56", student="resnet20", epochs=240, batch_size=64, lr=0.05)
+    | dict(weight_decay=5e-4, drops=(150, 180, 210)),
+    "imagenet": dict(teacher="resnet34", student="resnet18", epochs=120, batch_size=256, lr=0.1)
+    | dict(weight_decay=1e-4, drops=(30, 60, 90)),
+}
+
+
 def parse_args(argv=None) -> argparse.Namespace:
     parser = Parser(__doc__)
     network = one_of("model", model_names())
 
     add = parser.add_argument_group("method").add_argument
-    add("--teacher", type=network, default="resnet56", metavar="NAME", help="(resnet56)")
-    add("--student", type=network, default="resnet20", metavar="NAME", help="(resnet20)")
+    add("--teacher", type=network, metavar="NAME", help="(resnet56; ImageNet: resnet34)")
+    add("--student", type=network, metavar="NAME", help="(resnet20; ImageNet: resnet18)")
     add("--ce-weight", type=weight, default=1.0, metavar="X", help="of the cross-entropy (1)")
     add("--dcd-weight", type=weight, default=1.0, metavar="X", help="of DCD (1)")
     add("--kd-weight", type=weight, default=0.0, metavar="X", help="of KD (0; DCD+KD: 1)")
@@ -230,15 +239,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--plot", action="store_true", help="draw class relations against the teacher's"
         " (correlation_gap.png; its mean goes into result.json) and embeddings.png")  # fmt: skip
 
-    add = parser.add_argument_group("recipe").add_argument
-    add("--epochs", type=positive_int, metavar="N", help="drops scale along (240; transfer: 120)")
+    add = parser.add_argument_group("recipe (in brackets: CIFAR; ImageNet)").add_argument
+    add("--epochs", type=positive_int, metavar="N", help="drops scale along (240; 120; transfer"
+        " 120)")  # fmt: skip
     add("--teacher-epochs", type=positive_int, metavar="N", help="if it must be trained (--epochs)")
-    add("--batch-size", type=positive_int, default=64, metavar="N", help="(64)")
+    add("--batch-size", type=positive_int, metavar="N", help="(64; 256)")
     add("--teacher-lr", type=positive, metavar="X", help="of a teacher trained here (as --lr)")
-    add("--lr", type=positive, metavar="X", help="(0.05; MobileNet, ShuffleNet 0.01)")
+    add("--lr", type=positive, metavar="X", help="(0.05, MobileNet, ShuffleNet 0.01; 0.1)")
     add("--momentum", type=below_one, default=0.9, metavar="X", help="(0.9)")
     add("--nesterov", action=YesNo, default=False, help="Nesterov's form of it (no)")
-    add("--weight-decay", type=weight, default=5e-4, metavar="X", help="(0.0005)")
+    add("--weight-decay", type=weight, metavar="X", help="(0.0005; 0.0001)")
     add("--pretrained", action=YesNo, default=False, help="start from ImageNet weights (no)")
 
     datasets = one_of("data set", list(STATS))
@@ -252,9 +262,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_run_arguments(parser)
     args = parser.parse_args(argv)
     args.script = "dcd"
-    args.lr = args.lr or default_lr(args.student)
-    args.teacher_lr = args.teacher_lr or default_lr(args.teacher)
-    args.epochs = args.epochs or (120 if args.transfer else 240)
+    if args.transfer:
+        args.epochs = args.epochs or 120
+    for name, value in recipe_of(args).items():
+        if name != "lr" and getattr(args, name, 0) is None:
+            setattr(args, name, value)
+    args.lr = args.lr or default_lr(args.student, args)
+    args.teacher_lr = args.teacher_lr or default_lr(args.teacher, args)
     args.teacher_epochs = args.teacher_epochs or args.epochs
     args.nesterov = args.nesterov and args.momentum > 0
     if args.transfer or args.student_ckpt:
@@ -305,8 +319,14 @@ def prepare_transfer(args) -> None:
     args.out = args.out or (place if args.seeds else f"{place}-s{args.seed}")
 
 
-def default_lr(name: str) -> float:
-    return 0.01 if name.lower().startswith(("mobile", "shuffle")) else 0.05
+def recipe_of(args) -> dict:
+    return RECIPES["imagenet" if args.dataset == "imagenet" else "cifar"]
+
+
+def default_lr(name: str, args) -> float:
+    if args.dataset != "imagenet" and name.lower().startswith(("mobile", "shuffle")):
+        return 0.01
+    return recipe_of(args)["lr"]
 
 
 def main(args) -> dict:
@@ -331,6 +351,7 @@ def main(args) -> dict:
     teacher_sees = args.teacher and probe(build_model(args.teacher, data.num_classes), data)
     # [end]
 
+    recipe = recipe_of(args)
     if args.teacher and args.dcd_weight:
         widths = student_sees.embedding.shape[1], teacher_sees.embedding.shape[1]
         options = dict(alpha=args.alpha, temperature=args.fixed_scale, terms=args.terms)
@@ -367,10 +388,10 @@ def main(args) -> dict:
         batches = data.batches("train", args.batch_size, **order)
         for step, (images, labels) in run.steps(batches, steps, meter, state):
             # [end]
-            # Schedule, written for 240 epochs and played faster or slower for another number; `now`
-            # is which of them. lr / 10 at 150, 180 and 210.
-            now = 240 * (epoch * steps + step) // (args.epochs * steps)
-            lr = args.lr / 10 ** sum(now >= drop for drop in (150, 180, 210))
+            # Schedule, written for the recipe's number of epochs and played faster or slower for
+            # another; `now` is which of them. Three drops, to a tenth each.
+            now = recipe["epochs"] * (epoch * steps + step) // (args.epochs * steps)
+            lr = args.lr / 10 ** sum(now >= drop for drop in recipe["drops"])
             for group in optimizer.param_groups:
                 group["lr"] = lr
 

@@ -544,7 +544,10 @@ WEIGHTS = {
 RECIPES = {
     # RepDistiller's for CIFAR-100. lr 0.01 for MobileNet and ShuffleNet; / 10 at 150, 180 and 210.
     "benchmark": dict(teacher="resnet56", student="resnet20", epochs=240, batch_size=64, lr=0.05)
-    | dict(weight_decay=5e-4, pretrained=False),
+    | dict(weight_decay=5e-4, pretrained=False, drops=(150, 180, 210)),
+    # The usual one; the paper has no ImageNet. Chosen by --dataset imagenet.
+    "imagenet": dict(teacher="resnet34", student="resnet18", epochs=100, batch_size=256, lr=0.1)
+    | dict(weight_decay=1e-4, pretrained=False, drops=(30, 60, 90)),
     # The published code's: cosine towards a hundredth of the rate, weight 1e-4 for its metrics.
     "paper": dict(teacher="resnet34", student="resnet18", epochs=15, batch_size=128, lr=0.01)
     | dict(weight_decay=0.0, pretrained=True, class_reduction="sum"),
@@ -721,8 +724,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--plot", action="store_true", help="draw features.png and curves.png")
 
     add = parser.add_argument_group("recipe").add_argument
-    add("--recipe", choices=tuple(RECIPES), default="benchmark", help="paper: torchvision's ResNets"
-        " with ImageNet weights, 15 epochs, cosine; then give --dataset (benchmark)")  # fmt: skip
+    add("--recipe", choices=tuple(RECIPES), help="paper: torchvision's ResNets with ImageNet"
+        " weights, 15 epochs, cosine; then give --dataset (benchmark, or imagenet)")  # fmt: skip
     add("--epochs", type=positive_int, metavar="N", help="drops scale along (240; paper: 15)")
     add("--teacher-epochs", type=positive_int, metavar="N", help="if it must be trained (--epochs)")
     add("--batch-size", type=positive_int, metavar="N", help="(64; paper: 128)")
@@ -743,8 +746,9 @@ def parse_args(argv=None) -> argparse.Namespace:
             and not args.bench_metrics
         ):
             raise UserError(f"{flag(name)}: only for --metric {' and '.join(metrics)}")
+    args.recipe = args.recipe or ("imagenet" if args.dataset == "imagenet" else "benchmark")
     for name, value in ({n: v for n, (_, v) in OPTIONS.items()} | RECIPES[args.recipe]).items():
-        if name != "lr" and getattr(args, name) is None:
+        if name != "lr" and getattr(args, name, 0) is None:
             setattr(args, name, value)
     if args.normalize_by_dim and args.metric in ("mmd_rbf", "sliced_w2", "gromov_w2"):
         raise UserError(f"--normalize-by-dim: {args.metric} is no sum over the units")
@@ -810,6 +814,7 @@ def main(args) -> dict:
     teacher_sees = args.teacher and probe(build_model(args.teacher, data.num_classes), data)
     # [end]
 
+    recipe = RECIPES[args.recipe]
     helpers["projector"] = nn.Identity()
     if args.teacher and args.metric_weight:
         width, teacher_width = student_sees.embedding.shape[1], teacher_sees.embedding.shape[1]
@@ -852,13 +857,13 @@ def main(args) -> dict:
         batches = data.batches("train", args.batch_size, **order)
         for step, (images, labels) in run.steps(batches, steps, meter, state):
             # [end]
-            # Schedule. Benchmark: written for 240 epochs and played faster or slower for another
-            # number; `now` is which of them. Paper: cosine, a step an epoch, towards a hundredth.
+            # Schedule, written for the recipe's number of epochs and played faster or slower for
+            # another; `now` is which of them. Paper: cosine, a step an epoch, towards a hundredth.
             if args.recipe == "paper":
                 lr = args.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * epoch / args.epochs)) / 2)
             else:
-                now = 240 * (epoch * steps + step) // (args.epochs * steps)
-                lr = args.lr / 10 ** sum(now >= drop for drop in (150, 180, 210))
+                now = recipe["epochs"] * (epoch * steps + step) // (args.epochs * steps)
+                lr = args.lr / 10 ** sum(now >= drop for drop in recipe["drops"])
             for group in optimizer.param_groups:
                 group["lr"] = lr
 

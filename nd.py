@@ -13,11 +13,12 @@ and e_y = class_means[y] / |class_means[y]|:
     loss = ce_weight * ce + warm_up * kd_weight * base + nd_weight * nd
 
 base is KD, DKD, DIST or ReviewKD; with nd it becomes KD++, DKD++, DIST++ or ReviewKD++. warm_up
-grows from 0 to 1 over the first twelfth of the run. If the widths differ, s is the student's
-embedding after a projector (BatchNorm, Dropout, Linear) that is thrown away after training.
+grows from 0 to 1 over the first twelfth of the run (ImageNet: twentieth). If the widths differ, s
+is the student's embedding after a projector (BatchNorm, Dropout, Linear), later thrown away.
 
     python nd.py --teacher resnet56 --student resnet20            CIFAR-100, the benchmark recipe
     python nd.py --base dkd --compare --seeds 0 1 2               DKD++, DKD, KD and CE, 3 seeds
+    python nd.py --dataset imagenet --data-dir imagenet --pretrained-teacher
     python nd.py --dataset shapes --teacher resnet14 --student resnet8 --epochs 4 --batch-size 64
 
 Measured, top-1 % of the last epoch on CIFAR-100's test images, mean ± standard deviation over the
@@ -37,7 +38,8 @@ Differs from the paper and its code:
  4. The projector starts as PyTorch starts it and leaves the student's classifier alone; the paper's
     code resets that classifier too whenever there is a projector.
  5. The drops of the learning rate and the warm-up are fractions of the run (of 240 epochs: 150,
-    180, 210 and 20, as published), so that a shorter run keeps the recipe's shape.
+    180, 210 and 20, as published), so that a shorter run keeps the recipe's shape. On ImageNet the
+    paper's code lets ND grow too in DKD++; here ND is whole from the start.
  6. ReviewKD works for every pair with as many stages, resized to the teacher's maps.
  7. Under torchrun every loss sees the whole batch. --gather local: each process its own share,
     which matters to DIST, whose columns run over the images.
@@ -308,8 +310,15 @@ def review_maps(features, before_relu: bool) -> list[torch.Tensor]:
     return [*maps, features.embedding[:, :, None, None]]
 
 
+# The paper's recipes, by data set; warm_up: the epochs over which the base loss grows.
+RECIPES = {
+    "cifar": dict(teacher="resnet56", student="resnet20", epochs=240, batch_size=128, lr=0.1)
+    | dict(weight_decay=5e-4, temperature=4.0, drops=(150, 180, 210), warm_up=20),
+    "imagenet": dict(teacher="resnet34", student="resnet18", epochs=100, batch_size=512, lr=0.2)
+    | dict(weight_decay=1e-4, temperature=1.0, drops=(30, 60, 90), warm_up=5),
+}
 BASES = {"kd": "KD", "dkd": "DKD", "dist": "DIST", "reviewkd": "ReviewKD"}
-# The paper's weights for its six CIFAR-100 pairs, from its code's training scripts; ce_weight 1.
+# The paper's weights for its pairs, from its code's training scripts; ce_weight 1.
 PAPER_WEIGHTS = {
     # teacher student         KD++ kd, nd  DKD++ alpha, beta, nd  DIST++ kd, nd  ReviewKD++ kd, nd
     "resnet56 resnet20": ((1.0, 2.0), (2.5, 4.0, 3.5), (2.0, 1.0), (1.2, 1.0)),
@@ -318,13 +327,19 @@ PAPER_WEIGHTS = {
     "ResNet50 MobileNetV2": ((3.0, 0.5), (0.5, 8.0, 1.0), (7.0, 1.0), (6.0, 2.0)),
     "resnet32x4 ShuffleV1": ((2.5, 1.5), (0.5, 8.0, 4.0), (2.5, 3.0), (7.0, 1.0)),
     "resnet32x4 ShuffleV2": ((4.0, 0.5), (0.5, 6.0, 0.5), (3.0, 4.0), (8.0, 1.5)),
+    # ImageNet, where it has none for DIST: those of resnet56 resnet20 stand in.
+    "resnet34 resnet18": ((2.5, 1.0), (0.8, 0.5, 1.0), (2.0, 1.0), (1.0, 3.0)),
+    "resnet50 resnet18": ((4.0, 1.0), (0.6, 0.5, 2.0), (2.0, 1.0), (3.0, 2.0)),
+    "resnet101 resnet18": ((3.5, 4.0), (0.8, 0.5, 1.0), (2.0, 1.0), (3.0, 1.0)),
+    "resnet152 resnet18": ((4.0, 2.0), (1.0, 1.0, 1.0), (2.0, 1.0), (3.0, 1.0)),
 }
 
 
 def paper_weights(args, base: str) -> tuple[dict, str]:
     """The paper's weights for this pair and base loss, and the pair they are from."""
     pair = f"{args.teacher} {args.student}"
-    pair = pair if pair in PAPER_WEIGHTS else "resnet56 resnet20"
+    if pair not in PAPER_WEIGHTS:
+        pair = "resnet34 resnet18" if args.dataset == "imagenet" else "resnet56 resnet20"
     row = dict(zip(BASES, PAPER_WEIGHTS[pair]))[base]
     if base == "dkd":
         return dict(kd_weight=1.0, dkd_alpha=row[0], dkd_beta=row[1], nd_weight=row[2]), pair
@@ -356,8 +371,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     network = one_of("model", model_names())
 
     add = parser.add_argument_group("method (weights: the paper's for the pair)").add_argument
-    add("--teacher", type=network, default="resnet56", metavar="NAME", help="(resnet56)")
-    add("--student", type=network, default="resnet20", metavar="NAME", help="(resnet20)")
+    add("--teacher", type=network, metavar="NAME", help="(resnet56; ImageNet: resnet34)")
+    add("--student", type=network, metavar="NAME", help="(resnet20; ImageNet: resnet18)")
     add("--base", choices=tuple(BASES), default="kd", help="the loss that ND joins (kd)")
     add("--ce-weight", type=weight, default=1.0, metavar="X", help="of the cross-entropy (1)")
     add("--kd-weight", type=weight, metavar="X", help="of the base loss; 0 switches it off")
@@ -366,29 +381,32 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--direction-weight", type=weight, default=0.0, metavar="X", help="alone, in ND's place (0)"
     )
     add("--norm-weight", type=weight, default=0.0, metavar="X", help="alone, in ND's place (0)")
-    add("--temperature", type=positive, default=4.0, metavar="T", help="of KD, DKD, DIST (4)")
+    add("--temperature", type=positive, metavar="T", help="of KD, DKD, DIST (4; ImageNet: 1)")
     add("--dkd-alpha", type=weight, metavar="X", help="DKD: true class against all others")
     add("--dkd-beta", type=weight, metavar="X", help="DKD: the others among themselves")
     add(
         "--class-means", choices=("clean", "augmented"), default="clean", help="images used (clean)"
     )
 
-    add = parser.add_argument_group("recipe").add_argument
-    add("--epochs", type=positive_int, default=240, metavar="N", help="drops scale along (240)")
+    add = parser.add_argument_group("recipe (in brackets: CIFAR; ImageNet)").add_argument
+    add("--epochs", type=positive_int, metavar="N", help="drops scale along (240; 100)")
     add("--teacher-epochs", type=positive_int, metavar="N", help="if it must be trained (--epochs)")
-    add("--batch-size", type=positive_int, default=128, metavar="N", help="(128)")
+    add("--batch-size", type=positive_int, metavar="N", help="(128; 512)")
     add("--teacher-lr", type=positive, metavar="X", help="of a teacher trained here (as --lr)")
-    add("--lr", type=positive, metavar="X", help="(0.1; MobileNet, ShuffleNet 0.02)")
+    add("--lr", type=positive, metavar="X", help="(0.1, MobileNet, ShuffleNet 0.02; 0.2)")
     add("--momentum", type=below_one, default=0.9, metavar="X", help="(0.9)")
     add("--nesterov", action=YesNo, default=True, help="Nesterov's form of it (yes)")
-    add("--weight-decay", type=weight, default=5e-4, metavar="X", help="(0.0005)")
+    add("--weight-decay", type=weight, metavar="X", help="(0.0005; 0.0001)")
     add("--pretrained", action=YesNo, default=False, help="start from ImageNet weights (no)")
 
     add_run_arguments(parser)
     args = parser.parse_args(argv)
     args.script = "nd"
-    args.lr = args.lr or default_lr(args.student)
-    args.teacher_lr = args.teacher_lr or default_lr(args.teacher)
+    for name, value in recipe_of(args).items():
+        if name != "lr" and getattr(args, name, 0) is None:
+            setattr(args, name, value)
+    args.lr = args.lr or default_lr(args.student, args)
+    args.teacher_lr = args.teacher_lr or default_lr(args.teacher, args)
     args.teacher_epochs = args.teacher_epochs or args.epochs
     args.nesterov = args.nesterov and args.momentum > 0
     if args.batch_size < 2:
@@ -401,8 +419,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
-def default_lr(name: str) -> float:
-    return 0.02 if name.lower().startswith(("mobile", "shuffle")) else 0.1
+def recipe_of(args) -> dict:
+    return RECIPES["imagenet" if args.dataset == "imagenet" else "cifar"]
+
+
+def default_lr(name: str, args) -> float:
+    if args.dataset != "imagenet" and name.lower().startswith(("mobile", "shuffle")):
+        return 0.02
+    return recipe_of(args)["lr"]
 
 
 def main(args) -> dict:
@@ -427,6 +451,7 @@ def main(args) -> dict:
     teacher_sees = args.teacher and probe(build_model(args.teacher, data.num_classes), data)
     # [end]
 
+    recipe = recipe_of(args)
     helpers["projector"] = nn.Identity()
     uses_embedding = args.nd_weight or args.direction_weight or args.norm_weight
     if args.teacher:
@@ -478,11 +503,11 @@ def main(args) -> dict:
         batches = data.batches("train", args.batch_size, **order)
         for step, (images, labels) in run.steps(batches, steps, meter, state):
             # [end]
-            # Schedule, written for 240 epochs and played faster or slower for another number; `now`
-            # is which of them. lr / 10 at 150, 180 and 210; base loss growing over the first 20.
-            now = 240 * (epoch * steps + step) // (args.epochs * steps)
-            lr = args.lr / 10 ** sum(now >= drop for drop in (150, 180, 210))
-            warm_up = min(1.0, now / 20)
+            # Schedule, written for the recipe's number of epochs and played faster or slower for
+            # another; `now` is which of them. Three drops of lr; the base loss grows at first.
+            now = recipe["epochs"] * (epoch * steps + step) // (args.epochs * steps)
+            lr = args.lr / 10 ** sum(now >= drop for drop in recipe["drops"])
+            warm_up = min(1.0, now / recipe["warm_up"])
             for group in optimizer.param_groups:
                 group["lr"] = lr
 

@@ -226,6 +226,10 @@ RECIPES = {
     | dict(batch_size=64, lr=0.05, nesterov=False, drops=(150, 180, 210), factor=0.1),
     "paper": dict(dataset="cifar10", teacher="wrn_40_1", student="wrn_16_1", epochs=200)
     | dict(batch_size=128, lr=0.1, nesterov=True, drops=(60, 120, 160), factor=0.2),
+    # That of others who tried SP there; the paper has no ImageNet. Chosen by --dataset imagenet.
+    "imagenet": dict(dataset="imagenet", teacher="resnet34", student="resnet18", epochs=100)
+    | dict(batch_size=256, lr=0.1, nesterov=False, drops=(30, 60, 90), factor=0.1)
+    | dict(weight_decay=1e-4),
 }
 
 
@@ -248,8 +252,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--temperature", type=positive, default=4.0, metavar="T", help="of KD (4)")
 
     add = parser.add_argument_group("recipe").add_argument
-    add("--recipe", choices=tuple(RECIPES), default="benchmark", help="sets --dataset, --teacher,"
-        " --student, --epochs, --batch-size, --lr, drops and --nesterov (benchmark)")  # fmt: skip
+    add("--recipe", choices=tuple(RECIPES), help="sets --dataset, --teacher, --student, --epochs,"
+        " --batch-size, --lr, drops and --nesterov (benchmark, or imagenet)")  # fmt: skip
     add("--epochs", type=positive_int, metavar="N", help="drops scale along (240; paper: 200)")
     add("--teacher-epochs", type=positive_int, metavar="N", help="if it must be trained (--epochs)")
     add("--batch-size", type=positive_int, metavar="N", help="(64; paper: 128)")
@@ -257,7 +261,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--lr", type=positive, metavar="X", help="(0.05; MobileNet, ShuffleNet 0.01; paper: 0.1)")
     add("--momentum", type=below_one, default=0.9, metavar="X", help="(0.9)")
     add("--nesterov", action=YesNo, help="Nesterov's form of it (no; paper: yes)")
-    add("--weight-decay", type=weight, default=5e-4, metavar="X", help="(0.0005)")
+    add("--weight-decay", type=weight, metavar="X", help="(0.0005; imagenet: 0.0001)")
     add("--pretrained", action=YesNo, default=False, help="start from ImageNet weights (no)")
 
     add_run_arguments(parser)
@@ -266,10 +270,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         " is trained too) and this student: similarities.png")  # fmt: skip
     args = parser.parse_args(argv)
     args.script = "sp"
-    recipe = RECIPES[args.recipe]
-    for name in ("dataset", "teacher", "student", "epochs", "batch_size", "nesterov"):
-        if getattr(args, name) is None:
-            setattr(args, name, recipe[name])
+    args.recipe = args.recipe or ("imagenet" if args.dataset == "imagenet" else "benchmark")
+    for name, value in ({"weight_decay": 5e-4} | RECIPES[args.recipe]).items():
+        if name != "lr" and getattr(args, name, 0) is None:
+            setattr(args, name, value)
     args.lr = args.lr or default_lr(args.student, args.recipe)
     args.teacher_lr = args.teacher_lr or default_lr(args.teacher, args.recipe)
     args.teacher_epochs = args.teacher_epochs or args.epochs
