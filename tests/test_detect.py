@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +260,33 @@ def test_class_means_are_kept_and_say_what_they_never_saw(quick, capsys):
     assert more.sum() > counts.sum() and file.stat().st_mtime_ns != stamp
 
 
+def test_class_means_are_summed_in_double_precision():
+    """Half a million regions: in single precision the sum would be off from the third digit on."""
+    emb = torch.full((500_000, 1), 0.1)
+
+    class Predictor(torch.nn.Module):
+        cls_score = torch.nn.Linear(1, 1)
+
+        def forward(self, emb):
+            return None, None
+
+    heads = types.SimpleNamespace(
+        select_training_samples=lambda *a: (None, None, [torch.zeros(len(emb), dtype=int)], None),
+        box_roi_pool=lambda *a: emb,
+        box_head=lambda x: x,
+        box_predictor=Predictor(),
+    )
+    batch = types.SimpleNamespace(tensors=None, image_sizes=None)
+    teacher = types.SimpleNamespace(
+        transform=lambda *a: (batch, None),
+        backbone=lambda x: None,
+        rpn=lambda *a: (None, None),
+        roi_heads=heads,
+    )
+    means, counts = detect_nd.region_class_means(teacher, [(None, None)] * 2, 1)
+    assert counts.item() == 1_000_000 and means.item() == pytest.approx(0.1, rel=1e-7)
+
+
 # --- data ----------------------------------------------------------------------------------------
 
 
@@ -501,7 +529,8 @@ def gradients_by_hand(args, means, counts, part=slice(None), draws=4):
     torch.manual_seed(4)
     student = common.build_detector("mobilenet_v2", 7, args).train()
     review = detect_nd.ReviewKD([16] * 5, [16] * 5, 16)
-    before = {k: v.detach().clone() for k, v in student.named_parameters()}
+    both = torch.nn.ModuleDict({"student": student, "review": review})
+    before = {k: v.detach().clone() for k, v in both.named_parameters()}
     torch.manual_seed(draws)
     images, targets, _ = next(iter(data.batches("train", 4, 4 * 100_003)))
     images, targets = student.transform(images[part], targets[part])
@@ -531,13 +560,16 @@ def gradients_by_hand(args, means, counts, part=slice(None), draws=4):
     loss = loss + WEIGHTS["kd"] * (p * (p / q).log()).sum(1).mean()
     loss = loss + WEIGHTS["reviewkd"] * detect_nd.hcl_loss(fused, list(t_maps.values()))
     loss.backward()
-    return before, {name: p.grad for name, p in student.named_parameters()}
+    return before, {name: p.grad for name, p in both.named_parameters()}
 
 
 def assert_moved_along(before, gradients):
     """At the first step of the warm-up a thousandth of the learning rate counts."""
-    after = weights("o/student.pt")
-    for part in ("backbone.body", "backbone.fpn", "rpn", "roi_heads.box_head", "roi_heads.box_p"):
+    saved = torch.load("o/last.pt", weights_only=True)["state"]
+    after = {f"student.{name}": value for name, value in weights("o/student.pt").items()}
+    after |= saved["helpers"]
+    parts = ("backbone.body", "backbone.fpn", "rpn", "roi_heads.box_head", "roi_heads.box_p")
+    for part in ("review", *(f"student.{part}" for part in parts)):
         names = [name for name in before if name.startswith(part)]
         moved = torch.cat([(after[name] - before[name]).flatten() for name in names])
         wanted = torch.cat([-0.005 * gradients[name].flatten() for name in names])
@@ -730,6 +762,13 @@ def test_weights_are_the_papers(pair, kdpp, reviewkdpp, reviewkd, monkeypatch):
     }
     detect_nd.program(shlex.split(f"{command} --kd-weight 7"))
     assert asked["kd"]["kd_weight"] == 7  # the same as beside ND
+
+
+def test_weights_in_the_readme_are_the_scripts():
+    text = (ROOT / "README.md").read_text()
+    for pair, (kdpp, reviewkdpp, reviewkd) in detect_nd.PAIR_WEIGHTS.items():
+        numbers = [f"{a:g}, {b:g}" for a, b in (kdpp, reviewkdpp)]
+        assert f"| {pair} | {numbers[0]} | {numbers[1]} | {reviewkd:g} |" in text
 
 
 def test_weights_left_open(capsys):
