@@ -19,7 +19,19 @@ nd with kd is KD++. ReviewKD compares the FPN's maps; nd with it is ReviewKD++.
 
     python detect_nd.py --data-dir coco --teacher resnet50 --student resnet18
     python detect_nd.py --data-dir coco --teacher resnet101 --train-teacher --base reviewkd
-    python detect_nd.py --dataset shapes --student mobilenet_v2 --plot      drawn, needs no files
+    python detect_nd.py --dataset shapes --compare --plot        drawn scenes, needs no files
+
+Measured, AP in % of the last epoch on 100 drawn scenes, mean ± standard deviation over the seeds
+0, 1, 2; resnet18 (45.45 %) -> mobilenet_v2, 400 scenes of 64 pixels, 3 epochs, on a CPU (--dataset
+shapes --compare --seeds 0 1 2). It shows that the code works; so short a training tells no method
+apart from the plain student.
+
+    plain       27.12 ± 3.55
+    KD          27.75 ± 3.15
+    ND          23.83 ± 2.21
+    KD++        25.91 ± 0.96
+    ReviewKD    26.85 ± 2.09
+    ReviewKD++  24.57 ± 7.17
 
 Differs from the paper and its code:
  1. torchvision's detector: background is class 0 (theirs: the last), box loss smooth L1 (L1),
@@ -33,6 +45,7 @@ Differs from the paper and its code:
  4. The weight of ND beside ReviewKD is --nd-weight. The code never reads the one it is given.
  5. The schedule's drops are fractions of the run: 120 and 160 of 180 thousand iterations.
  6. A student without ImageNet weights trains its BatchNorm instead of freezing it.
+ 7. Under torchrun a step takes the mean of the processes' gradients, each of its own images.
 """
 
 import argparse

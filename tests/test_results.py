@@ -30,11 +30,13 @@ def test_readme_tables_are_those_of_the_results():
 COMPARED = {
     "cifar100-resnet56-resnet8": {"CE", "KD", "KD++"},
     "relations-resnet56-resnet8": {"CE", "KD", "SP", "SP+KD", "DCD", "DCD+KD"},
+    "detect-shapes-resnet18-mobilenet_v2": {"plain", "KD", "ND", "KD++", "ReviewKD++"},
 }
 MAIN_TABLE = {  # script -> the runs whose numbers its docstring prints
     "nd": "cifar100-resnet56-resnet8",
     "sp": "relations-resnet56-resnet8",
     "dcd": "relations-resnet56-resnet8",
+    "detect_nd": "detect-shapes-resnet18-mobilenet_v2",
 }
 
 
@@ -72,6 +74,13 @@ def test_the_table_of_everything_prints(capsys):
 def test_readme_speed_and_differences_are_those_of_the_results():
     text = (ROOT / "README.md").read_text()
     bench = load("results/bench.json")[0]
+    detection = bench["detection"]
+    median = {k: statistics.median(v) for k, v in detection["images_per_second"].items()}
+    bare = median.pop("bare")
+    assert f"| bare | {bare:.1f} | 1.00 |" in text and bare > 0
+    for name, value in median.items():
+        assert f"| {name} | {value:.1f} | {value / bare:.2f} |" in text, name
+    assert detection["what"] in text and f"Peak memory {detection['peak_memory_mb']} MB" in text
     median = {k: statistics.median(v) for k, v in bench["images_per_second"].items()}
     bare = median["bare, teacher folded"]
     for name, value in median.items():
@@ -82,6 +91,17 @@ def test_readme_speed_and_differences_are_those_of_the_results():
     top1 = {(r["method"], r["seed"]): r["student_top1"] for r in load("results/cifar100-*.json")}
     gains = [f"{top1['KD++', seed] - top1['KD', seed]:.1f}" for seed in (0, 1, 2)]
     assert f"(by {gains[0]}, {gains[1]} and {gains[2]} points)" in text
+
+
+def test_what_the_readme_says_of_the_run_on_real_images():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    epochs = load("results/coco128-epochs.json")[0]["epochs"]["KD++"]
+    for term in ("cls", "objectness", "nd", "kd"):
+        first, *_, last = epochs[term]
+        assert last < first and f"{term} from {first:.2f} to {last:.2f}" in text
+    assert f"box rose from {epochs['box'][0]:.2f} to {epochs['box'][-1]:.2f}" in text
+    for r in load("results/detect-coco128-*.json"):
+        assert r["dataset"] == "coco" and r["train_images"] == 94 and r["val_images"] == 32
 
 
 def test_default_weights_and_printed_sizes_are_those_measured():
