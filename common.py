@@ -1103,6 +1103,7 @@ def cores() -> int:
 
 def load_data(args, device) -> Data:
     """The data set that the command line asks for; kept, so that several runs load it once."""
+    _fill_image_size(args)
     key = (args.dataset, args.data_dir, args.image_size, args.train_size, str(device))
     if key not in _LOADED:
         _LOADED.clear()
@@ -1112,6 +1113,11 @@ def load_data(args, device) -> Data:
 
 
 _LOADED: dict = {}
+
+
+def _fill_image_size(args):
+    if args.dataset in STATS and args.image_size is None:
+        args.image_size = 224 if args.dataset == "imagenet" else 32
 
 
 def _load_data(args, device):
@@ -2944,8 +2950,7 @@ def launch(main, args, baselines: dict, needed: tuple = ()) -> None:
         torch.use_deterministic_algorithms(True)
     elif pick_device(args.device).type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes are the same at every step
-    if args.dataset in STATS and args.image_size is None:
-        args.image_size = 224 if args.dataset == "imagenet" else 32
+    _fill_image_size(args)
     if args.resume and args.eval:
         raise UserError("--resume and --eval: choose one")
     if args.eval:

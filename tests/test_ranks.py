@@ -1,8 +1,10 @@
 """Several processes (gloo, on the CPU) against one: losses, gradients, stops and resumes."""
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,22 +18,50 @@ from helpers import QUICK, ROOT, TIMES, lines, result, same, weights
 import common
 import sp
 
-pytestmark = pytest.mark.xdist_group("ranks")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-SCRIPT = f"sp.py {QUICK} --epochs 4 --batch-size 6".split()
+SCRIPT = f"{QUICK} --epochs 4 --batch-size 6".split()
 
 
-def torchrun(arguments, cwd, **kwargs):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*TORCHRUN, str(ROOT / arguments[0]), *map(str, arguments[1:])]
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, text=True, stdout=-1, stderr=-1, **kwargs
-    )
+def pair(program, argv, cwd):
+    """Two processes as torchrun would start them, forked: torch need not be imported again."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    started = []
+    for rank in (0, 1):
+        process = fork.Process(target=child, args=(rank, port, program, argv, cwd))
+        process.start()
+        started.append(process)
+    return started
 
 
-def finish(process):
-    out, err = process.communicate(timeout=180)
-    return process.returncode, out, err
+def child(rank, port, program, argv, cwd):
+    os.chdir(cwd)
+    values = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_PORT=port)
+    os.environ.update({k: str(v) for k, v in values.items()}, MASTER_ADDR="127.0.0.1")
+    for name, number in (("out", 1), ("err", 2)):
+        os.dup2(os.open(f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1) for number in (1, 2))
+    common._LOADED.clear()
+    common._EVALUATED.clear()
+    try:
+        status = common.run_program(program, [str(a) for a in argv])
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        status = 3
+    os._exit(status)
+
+
+def finish(started, cwd):
+    """-> exit statuses, what both wrote to stderr."""
+    for process in started:
+        process.join(180)
+        if process.is_alive():
+            process.kill()
+    errors = "".join((Path(cwd) / f"err{rank}").read_text() for rank in (0, 1))
+    return [process.exitcode for process in started], errors
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +70,9 @@ def outcomes(tmp_path_factory):
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     for folder in (one, two):
         ranks.write_teachers(folder)
-    pair = torchrun(["tests/ranks.py", two], two)
+    started = pair(ranks.program, [two], two)
     ranks.program([str(one)])
-    status, _, err = finish(pair)
-    assert status == 0, err
+    assert finish(started, two) == ([0, 0], "")
     files = one / "rank0.pt", two / "rank0.pt", two / "rank1.pt"
     return [torch.load(path, weights_only=True) for path in files]
 
@@ -82,11 +111,13 @@ def test_local_relations_are_another_loss(outcomes):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A run of two processes that nothing disturbed."""
+    """A run of two processes that nothing disturbed, started as people do."""
     folder = tmp_path_factory.mktemp("alone")
-    status, out, err = finish(torchrun([*SCRIPT, "--out", "a"], folder))
-    assert status == 0, err
-    return folder, out
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "sp.py"), *SCRIPT, "--out", "a"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
 
 
 def test_files_and_lines_are_those_of_rank_0(alone):
@@ -94,45 +125,39 @@ def test_files_and_lines_are_those_of_rank_0(alone):
     assert result(folder / "a")["world_size"] == 2
     assert out.count("epoch   1/4") == 2  # the teacher's too
     assert out.count("| shapes, 48, 4 |") == 1
-    assert {p.name for p in (folder / "a").iterdir()} == {
-        ".lock",
-        "last.pt",
-        "metrics.jsonl",
-        "result.json",
-        "student.pt",
-    }
+    names = {".lock", "last.pt", "metrics.jsonl", "result.json", "student.pt"}
+    assert {p.name for p in (folder / "a").iterdir()} == names
 
 
-def wait_for_epochs(count, folder, process):
+def wait_for_epochs(count, folder, started):
     start = time.monotonic()
-    while time.monotonic() - start < 120 and process.poll() is None:
+    while time.monotonic() - start < 120 and all(p.is_alive() for p in started):
         path = folder / "metrics.jsonl"
         if path.exists() and len(path.read_text().splitlines()) >= count:
             return
         time.sleep(0.01)
-    raise AssertionError(process.communicate())
+    raise AssertionError(f"no epoch {count} in {folder}")
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
 def test_one_rank_stops_and_all_resume_exactly(alone):
     folder, _ = alone
-    out, resume = folder / "stopped", []
-    for number, epochs in ((signal.SIGKILL, 1), (signal.SIGTERM, 2)):
-        process = torchrun([*SCRIPT, "--out", out, *resume], folder)
-        wait_for_epochs(epochs, out, process)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[-1]), number)
-        status, _, err = finish(process)
-        assert status and 'sp.py", line' not in err  # no traceback of ours
-        assert ("stopped by signal 15" in err) == (number == signal.SIGTERM)
-        assert not (out / "result.json").exists()
-        resume = ["--resume"]
-    status, _, err = finish(torchrun([*SCRIPT, "--out", out, "--resume"], folder))
-    assert status == 0, err
-    assert same(weights(folder / "a" / "student.pt"), weights(out / "student.pt"))
+    argv = [*SCRIPT, "--out", "stopped"]
+    for number, rank, epochs in ((signal.SIGKILL, 1, 1), (signal.SIGTERM, 0, 2)):
+        started = pair(sp.program, argv, folder)
+        wait_for_epochs(epochs, folder / "stopped", started)
+        os.kill(started[rank].pid, number)
+        statuses, errors = finish(started, folder)
+        assert statuses == ([1, -9] if number == signal.SIGKILL else [143, 143])
+        assert "Traceback" not in errors
+        assert errors.count("stopped by signal 15") == (number == signal.SIGTERM)
+        assert not (folder / "stopped" / "result.json").exists()
+        argv = [*SCRIPT, "--out", "stopped", "--resume"]
+    statuses, errors = finish(pair(sp.program, argv, folder), folder)
+    assert statuses == [0, 0], errors
+    assert same(weights(folder / "a" / "student.pt"), weights(folder / "stopped" / "student.pt"))
     whole, again = (
-        [{k: v for k, v in line.items() if k not in TIMES} for line in lines(p)]
-        for p in (folder / "a", out)
+        [{k: v for k, v in line.items() if k not in TIMES} for line in lines(folder / name)]
+        for name in ("a", "stopped")
     )
     assert whole == again
 
@@ -142,15 +167,15 @@ def test_another_number_of_processes_may_not_resume(alone, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     (folder / "a" / "result.json").rename(folder / "a" / "result.aside")
     try:
-        status = common.run_program(sp.program, [*SCRIPT[1:], "--out", "a", "--resume"])
+        status = common.run_program(sp.program, [*SCRIPT, "--out", "a", "--resume"])
     finally:
         (folder / "a" / "result.aside").rename(folder / "a" / "result.json")
     assert status == 2
     assert "was started with 2 processes, here are 1" in capsys.readouterr().err
 
 
-def test_bad_input_is_one_line_whatever_the_number_of_processes(tmp_path):
-    status, _, err = finish(torchrun(["sp.py", *QUICK.split(), "--batch-size", "3"], tmp_path))
-    assert status
-    assert err.count("error:") - err.count("error: <") - err.count("traceback") <= 1
-    assert err.count("error: --batch-size 3") == 1
+@pytest.mark.parametrize("wrong", ["--batch-size 3", "--epochs 0", "--teacher-ckpt absent.pth"])
+def test_bad_input_is_one_line_whatever_the_number_of_processes(tmp_path, wrong):
+    statuses, errors = finish(pair(sp.program, [*SCRIPT, *wrong.split()], tmp_path), tmp_path)
+    assert 2 in statuses and 0 not in statuses
+    assert errors.count("error:") == 1 and "Traceback" not in errors

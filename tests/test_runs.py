@@ -467,6 +467,23 @@ def test_deterministic_switches_torch(cwd, any_teacher_passes):
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
+def test_compile_changes_neither_the_weights_nor_their_names(cwd, monkeypatch, any_teacher_passes):
+    """With a backend that traces but runs the same operations, so that no compiler is needed."""
+    teacher_file()
+    assert run(f"{QUICK} --teacher-ckpt teacher.pth --epochs 1 --out a") == 0
+    compile_, compiled = torch.compile, []
+
+    def traced(network):
+        compiled.append(network)
+        return compile_(network, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    assert run(f"{QUICK} --teacher-ckpt teacher.pth --epochs 1 --out b --compile") == 0
+    assert len(compiled) == 2  # student and teacher
+    assert same(weights("a/student.pt"), weights("b/student.pt"))
+    assert not any("_orig_mod" in key for key in weights("b/student.pt"))
+
+
 def test_a_stop_while_the_teacher_trains(cwd, monkeypatch):
     command = f"{QUICK} --epochs 2 --out"
     assert run(command, "whole") == 0
