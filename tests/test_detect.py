@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import torchvision
 from helpers import ROOT, TIMES, lines, result, same, weights
 from PIL import Image
-from test_ranks import finish, torchrun
+from test_ranks import finish, pair
 
 import common
 import detect_nd
@@ -45,12 +45,18 @@ def few_scenes(cwd, monkeypatch):
     return cwd
 
 
-@pytest.fixture
-def quick(few_scenes):
-    """A command of a second, with a teacher that is there."""
-    args = detect_nd.parse_args(shlex.split(SMALL))
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory):
     torch.manual_seed(1)
-    torch.save(common.build_detector("mobilenet_v2", 7, args).state_dict(), "teacher.pth")
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
+    torch.save(common.build_detector("mobilenet_v2", 7, parsed()).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def quick(few_scenes, teacher_file):
+    """A command of a second, with a teacher that is there."""
+    shutil.copy(teacher_file, "teacher.pth")
     return SMALL + " --teacher-ckpt teacher.pth"
 
 
@@ -588,21 +594,17 @@ def test_a_step_is_the_one_written_by_hand(quick, foreground_only):
     assert_moved_along(*gradients_by_hand(args, *means))
 
 
-@pytest.mark.xdist_group("ranks")
 def test_two_ranks(quick, monkeypatch):
     """A step is the mean of the two halves' gradients; AP is that of one process, to the digit."""
     monkeypatch.setattr(common, "SCENES", {"train2017": 9, "val2017": 9})
     command = quick.replace("--epochs 1", STEP)
     args = parsed(command)
     data = common.load_detection_data(args, CPU)
-    program = "import sys; sys.path.insert(0, sys.argv.pop(1)); import common, detect_nd\n"
-    program += "common.hopeless = lambda ap: False\n"
-    program += "sys.exit(common.run_program(detect_nd.program))\n"
-    Path("program.py").write_text(program)
-    process = torchrun([Path("program.py").absolute(), ROOT, *shlex.split(command)], Path.cwd())
-    status, out, err = finish(process)
-    assert status == 0, err
+    here = Path.cwd()
+    assert finish(pair(detect_nd.program, shlex.split(command), here), here) == ([0, 0], "")
+    out = Path("out0").read_text()
     assert result("o")["world_size"] == 2 and out.count("epoch   1/1") == 1
+    assert not Path("out1").read_text()
     # class means: each rank took one of the two batches, and drew from the same seed
     teacher = common.load_detector("mobilenet_v2", 7, args, "teacher.pth")
     sums, seen = 0, 0
@@ -766,9 +768,9 @@ def test_weights_are_the_papers(pair, kdpp, reviewkdpp, reviewkd, monkeypatch):
 
 def test_weights_in_the_readme_are_the_scripts():
     text = (ROOT / "README.md").read_text()
-    for pair, (kdpp, reviewkdpp, reviewkd) in detect_nd.PAIR_WEIGHTS.items():
+    for names, (kdpp, reviewkdpp, reviewkd) in detect_nd.PAIR_WEIGHTS.items():
         numbers = [f"{a:g}, {b:g}" for a, b in (kdpp, reviewkdpp)]
-        assert f"| {pair} | {numbers[0]} | {numbers[1]} | {reviewkd:g} |" in text
+        assert f"| {names} | {numbers[0]} | {numbers[1]} | {reviewkd:g} |" in text
 
 
 def test_weights_left_open(capsys):
@@ -783,12 +785,12 @@ def test_weights_left_open(capsys):
 
 
 def test_a_short_run_learns(few_scenes, monkeypatch):
-    """To find the shapes of 16 scenes: AP 19 when written, 6 with the labels shuffled."""
-    monkeypatch.setattr(common, "SCENES", {"train2017": 16, "val2017": 1})
+    """To find the shapes of 8 scenes: AP 33 when written, 3 with the labels shuffled."""
+    monkeypatch.setattr(common, "SCENES", {"train2017": 8, "val2017": 1})
     command = f"--data-dir {common.draw_scenes(Path('drawn'), 64)} --val-split train2017 --out o"
     command += " --student mobilenet_v2 --image-size 64 --regions 32 --smallest-anchor 16"
     command += " --fpn-width 32 --no-pretrained-backbone --workers 0"
-    args = parsed(f"{command} --epochs 20 --batch-size 2 --lr 0.02 --nd-weight 0 --kd-weight 0")
+    args = parsed(f"{command} --epochs 24 --batch-size 2 --lr 0.02 --nd-weight 0 --kd-weight 0")
     args.teacher = None
     nothing = dict.fromkeys(common.AP_NAMES, 0.0)
     monkeypatch.setattr(detect_nd, "evaluate_detector", lambda *a: nothing)
@@ -797,7 +799,7 @@ def test_a_short_run_learns(few_scenes, monkeypatch):
     torch.manual_seed(0)
     untrained = common.build_detector("mobilenet_v2", 7, args)
     trained = common.load_detector("mobilenet_v2", 7, args, "o/student.pt")
-    bar = 12
+    bar = 15
     assert common.evaluate_detector(untrained, data, args)["AP"] < bar / 4
     assert common.evaluate_detector(trained, data, args)["AP"] > bar
 
@@ -1044,7 +1046,8 @@ BAD = {
 @pytest.mark.parametrize("arguments", BAD)
 def test_bad_input_ends_in_one_line_and_status_2(quick, arguments, capsys):
     args = parsed()
-    torch.save(common.build_detector("mobilenet_v2", 5, args).state_dict(), "other.pth")
+    if "other" in arguments:
+        torch.save(common.build_detector("mobilenet_v2", 5, args).state_dict(), "other.pth")
     args.fpn_width = 32
     Path("torn.pth").write_bytes(Path("teacher.pth").read_bytes()[:5000])
     if "wide" in arguments:
