@@ -264,13 +264,14 @@ def gather(args, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The same tensors for the whole batch, from the shares [b,...] of all processes -> [B,...].
 
     Differentiable: after `average_gradients` every parameter, before the gathering or after it,
-    has the gradient that one process would find for the whole batch. With --gather local, or one
-    process: the tensors as they are.
+    has the gradient that one process would find for the whole batch; bfloat16 becomes float32. With
+    --gather local, or one process: the tensors as they are.
     """
     if world() == 1 or args.gather == "local":
         return tensors
     counts = _counts(len(tensors[0]))
-    return tuple(_Gather.apply(tensor, counts) for tensor in tensors)
+    wide = (t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors)
+    return tuple(_Gather.apply(tensor, counts) for tensor in wide)
 
 
 def mean_over_ranks(args, loss: Tensor, images: int) -> Tensor:

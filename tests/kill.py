@@ -10,10 +10,10 @@ left alone. Nothing here is a test: it takes minutes.
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,17 +23,32 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+import sp
 
-ROOT = Path(common.__file__).parent
+torch.set_num_threads(1)  # of a process that forks
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--kills", type=int, default=50)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--json", type=Path)
 options = parser.parse_args()
 
-COMMAND = [sys.executable, str(ROOT / "sp.py"), "--dataset", "shapes", "--train-size", "960"]
-COMMAND += "--teacher resnet8 --student wrn_16_1 --teacher-ckpt teacher.pth --kd-weight 1".split()
-COMMAND += "--batch-size 24 --epochs 3 --save-minutes 0.02 --out".split()
+COMMAND = "--dataset shapes --train-size 960 --teacher resnet8 --batch-size 24".split()
+RUN = "--student wrn_16_1 --teacher-ckpt teacher.pth --kd-weight 1 --epochs 3".split()
+RUN = [*COMMAND, *RUN, "--save-minutes", "0.02", "--out"]
+
+
+def start(arguments):
+    """A process that runs sp.py; forked, so that it need not import torch first."""
+
+    def run():
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        os._exit(common.run_program(sp.program, arguments))
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
 
 
 def ending(out):
@@ -49,36 +64,34 @@ def same(a, b):
 
 def train_teacher():
     """Any teacher above chance."""
-    command = COMMAND[:6] + "--teacher resnet8 --student resnet8 --epochs 4 --out teacher".split()
-    subprocess.run([*command, "--sp-weight", "0"], check=True, capture_output=True)
+    command = [*COMMAND, *"--student resnet8 --teacher-epochs 1 --epochs 4 --out teacher".split()]
+    start([*command, "--sp-weight", "0"]).join()
     os.rename("teacher/student.pt", "teacher.pth")
 
 
 def main():
     draw = random.Random(options.seed)
     train_teacher()
-    start = time.perf_counter()
-    subprocess.run([*COMMAND, "whole"], check=True, capture_output=True)
-    length, whole = time.perf_counter() - start, ending("whole")
+    began = time.perf_counter()
+    start([*RUN, "whole"]).join()
+    length, whole = time.perf_counter() - began, ending("whole")
     kills, trials, identical, within = {"SIGKILL": 0, "SIGTERM": 0}, 0, 0, 0
     while sum(kills.values()) < options.kills:
         out = f"trial{trials}"
         for kill in (True, True, True, False):
             resume = ["--resume"] if Path(out, ".lock").exists() else []
-            process = subprocess.Popen(
-                [*COMMAND, out, *resume], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
+            process = start([*RUN, out, *resume])
             if kill:
                 time.sleep(draw.uniform(0, length))
                 name = draw.choice(list(kills))
-                alive = process.poll() is None
-                process.send_signal(getattr(signal, name))
-                kills[name] += alive and process.wait() != 0
+                os.kill(process.pid, getattr(signal, name))
+                process.join()
+                kills[name] += process.exitcode != 0  # 0: it had ended before
                 if Path(out, "last.pt").exists():
                     within += common.read_checkpoint(Path(out, "last.pt"))["step"] > 0
-            process.wait()
+            process.join()
         trials += 1
-        identical += process.returncode == 0 and same(ending(out), whole)
+        identical += process.exitcode == 0 and same(ending(out), whole)
         print(f"{sum(kills.values())} kills, {trials} trials, {identical} identical", flush=True)
     return {
         "kills": kills,

@@ -38,6 +38,7 @@ CASES = {
 # Not to compare with one process, but everything that is trained has to stay alike.
 SYNCHRONOUS = {
     "sliced_w2": (kd2m, "--metric sliced_w2"),
+    "bf16": (sp, "--kd-weight 1 --precision bf16"),
     "local": (dcd, "--gather local"),
     "batchnorm and projector": (nd, "--student wrn_16_2"),
 }
