@@ -2,7 +2,8 @@
 
     python tests/bench.py                     resnet56 -> resnet20, batch 128
     python tests/bench.py --json results/bench.json
-    python tests/bench.py --detection --json results/bench.json     detect_nd.py alone
+    python tests/bench.py --only detection --json results/bench.json      or training, metrics
+    python tests/bench.py --only loading --imagenet DIR                   with train/ and val/
 
 The bare step is the student's forward and backward, the teacher's forward and the optimizer on
 tensors that are ready: no loading, augmentation, distillation loss, metrics or schedule. Rounds of
@@ -13,6 +14,7 @@ branch on the same regions. Nothing here is a test: timings do not belong in tes
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -30,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import dcd
 import detect_nd
+import kd2m
 import nd
 import sp
 
@@ -39,7 +42,8 @@ parser.add_argument("--student", default="resnet20")
 parser.add_argument("--batch-size", type=int, default=128)
 parser.add_argument("--steps", type=int, default=10)
 parser.add_argument("--rounds", type=int, default=5)
-parser.add_argument("--detection", action="store_true", help="only that part")
+parser.add_argument("--only", choices=("training", "metrics", "detection", "loading"))
+parser.add_argument("--imagenet", type=os.path.abspath, help="a folder with train/ and val/")
 parser.add_argument("--json", type=Path, help="written, or its part of what is in there")
 options = parser.parse_args()
 device = common.pick_device("auto")
@@ -119,7 +123,7 @@ def sp_against_bare_products():
     return [1000 * statistics.median(values) for values in times.values()]
 
 
-def main():
+def training():
     bare = {
         "bare, teacher folded": bare_step(fold=True),
         "bare, teacher as it is": bare_step(fold=False),
@@ -134,6 +138,8 @@ def main():
         "SP+KD": (sp, "--kd-weight 1"),
         "DCD": (dcd, ""),
         "DCD+KD": (dcd, "--kd-weight 1"),
+        "w2_empirical": (kd2m, ""),
+        "w2_gaussian": (kd2m, "--metric w2_gaussian"),
     }
     layouts = {
         "student alone, fp32 contiguous": ("fp32", torch.contiguous_format),
@@ -185,6 +191,101 @@ def main():
         "sp_products_ms": round(products_ms, 3),
         "shapes_6000_seconds": round(drawn, 2),
         "peak_memory_mb": common.peak_memory_mb("auto"),
+    }
+
+
+def metric_costs():
+    """KD2M's metrics on drawn clouds: ms forward and backward, and their share of a bare step."""
+    step, shares = bare_step(fold=True), {}
+    args = kd2m.parse_args([])
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 100, (options.batch_size,), generator=draw).to(device)
+    clouds, times = {}, {"step": []}
+    for width in (64, 512):
+        teacher = torch.randn(options.batch_size, width, generator=draw).relu()
+        student = (teacher + torch.randn(teacher.shape, generator=draw)).relu()
+        head = torch.randn(width, 100, generator=draw) / width**0.5
+        cloud = student, teacher, labels, student @ head, teacher @ head
+        clouds[width] = [x.to(device) for x in cloud]
+
+    def cost(width):
+        student, *others = clouds[width]
+        student = student.clone().requires_grad_()
+        kd2m.feature_distance(args, student, *others).backward()
+
+    for _ in range(options.rounds):
+        times["step"].append(seconds(step, 3))
+        for args.metric in kd2m.METRICS:
+            for width in clouds:
+                cost(width)
+                times.setdefault(f"{args.metric} {width}", []).append(
+                    seconds(lambda: cost(width), 5)
+                )
+    median = {name: statistics.median(values) for name, values in times.items()}
+    print(f"KD2M's metrics at batch {options.batch_size}, forward and backward, width 64 and 512:")
+    for name in kd2m.METRICS:
+        ms = [1000 * median[f"{name} {width}"] for width in clouds]
+        shares[name] = [round(x / 1000 / median["step"], 4) for x in ms]
+        percents = "".join(f"{100 * share:8.1f} %" for share in shares[name])
+        print(f"{name:15}{ms[0]:9.2f}{ms[1]:9.2f} ms {percents} of a bare step")
+    return {
+        "metrics": {
+            "ms": {k: [round(1000 * v, 3) for v in vs] for k, vs in times.items()},
+            "share_of_a_step": shares,
+            "device": common.device_name("auto"),
+        }
+    }
+
+
+def loading():
+    """ImageNet files: does decoding, by one worker with a core to itself, hold up the step?"""
+    args = dict(dataset="imagenet", data_dir=options.imagenet, image_size=224, train_size=None)
+    data = common._imagenet(argparse.Namespace(**args, workers=1), device)
+    threads, size = torch.get_num_threads(), 16
+    torch.set_num_threads(max(1, threads - 1))
+    student, teacher = (common.build_model(f"resnet{n}", data.num_classes) for n in (18, 34))
+    student = student.to(device, memory_format=torch.channels_last)
+    teacher = teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    teacher = common.fold_batchnorm(teacher, data.first_images())
+    optimizer = torch.optim.SGD(student.parameters(), 0.1, 0.9)
+
+    def step(images, labels):
+        with torch.no_grad():
+            teacher(images)
+        optimizer.zero_grad()
+        F.cross_entropy(student(images), labels).backward()
+        optimizer.step()
+
+    def rate_of(batches, count, work):
+        next(batches)  # the worker has started
+        wait()
+        start = time.perf_counter()
+        for images, labels in itertools.islice(batches, count):
+            work(images, labels)
+        wait()
+        return size * count / (time.perf_counter() - start)
+
+    def files(seed):
+        return data.batches("train", size, seed=seed, augment=True)
+
+    ready = next(files(0))
+    rates = {"decoding alone": [], "step on ready tensors": [], "step on decoded files": []}
+    for k in range(options.rounds):
+        rates["decoding alone"].append(rate_of(files(k), 30, lambda *_: None))
+        rates["step on ready tensors"].append(rate_of(itertools.repeat(ready), 4, step))
+        rates["step on decoded files"].append(rate_of(files(k), 4, step))
+    torch.set_num_threads(threads)
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    print("loading: resnet34 -> resnet18 at 224 pixels, one worker process")
+    for name, value in median.items():
+        print(f"{name:38s}{value:9.1f} images/s")
+    ratio = median["step on decoded files"] / median["step on ready tensors"]
+    print(f"decoded / ready: {ratio:.3f}")
+    return {
+        "loading": {
+            "images_per_second": {k: [round(v, 2) for v in vs] for k, vs in rates.items()},
+            "device": common.device_name("auto"),
+        }
     }
 
 
@@ -261,8 +362,12 @@ if __name__ == "__main__":
         result = json.loads(options.json.read_text())
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        for part in (detection,) if options.detection else (main, detection):
-            result |= part()
+        parts = dict(training=training, metrics=metric_costs, detection=detection, loading=loading)
+        if not options.imagenet:
+            del parts["loading"]
+        for name, part in parts.items():
+            if options.only in (None, name):
+                result |= part()
         os.chdir(here)
     if options.json:
         common.write_whole(options.json, (json.dumps(result, indent=1) + "\n").encode())
