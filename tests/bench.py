@@ -218,9 +218,8 @@ def metric_costs():
         for args.metric in kd2m.METRICS:
             for width in clouds:
                 cost(width)
-                times.setdefault(f"{args.metric} {width}", []).append(
-                    seconds(lambda: cost(width), 5)
-                )
+                name, work = f"{args.metric} {width}", functools.partial(cost, width)
+                times.setdefault(name, []).append(seconds(work, 5))
     median = {name: statistics.median(values) for name, values in times.items()}
     print(f"KD2M's metrics at batch {options.batch_size}, forward and backward, width 64 and 512:")
     for name in kd2m.METRICS:
