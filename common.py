@@ -3003,7 +3003,10 @@ def table(results: list[dict]) -> str:
     for r in results:
         key = (r["dataset"], r["train_images"], r["epochs"], r["teacher"], r["student"])
         key += (r["method"], r.get("teacher_hash"), r.get("data_hash"))
-        settings = {k: v for k, v in r.get("args", {}).items() if k not in FREE | {"seed"}}
+        without = FREE | {"seed"}
+        if r.get("world_size", 1) == 1:
+            without |= {"gather"}  # it means nothing there
+        settings = {k: v for k, v in r.get("args", {}).items() if k not in without}
         group = groups.setdefault((*key, json.dumps(settings, sort_keys=True)), {})
         # A run given twice counts once.
         group[r.get("seed", len(group))] = r[f"student_{kind}"], r[f"teacher_{kind}"]

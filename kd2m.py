@@ -31,6 +31,15 @@ w2_empirical is mse in value and gradient. So read every gain against mse; --com
     python kd2m.py --metric w2_gaussian --covariance full --out runs/w2-full
     python kd2m.py --bench-metrics                                  what each costs and is
 
+Measured, top-1 % of the last epoch on CIFAR-100's test images; resnet56 (69.56 %) -> resnet8, two CPU
+cores, and so a small budget: 10,000 images, 15 epochs, default weights, seed 0 alone. It shows that
+the code works, and how far from pairs a metric is, not what the method gains in 240 epochs.
+
+    CE            24.19     KD            31.52     mse           35.68
+    w2_empirical  24.81     cw2_empirical 36.09     jw2_empirical 26.98
+    w2_gaussian   22.56     cw2_gaussian  35.68     kl_gaussian   20.58
+    mmd_linear    25.69     mmd_rbf       23.20
+
 What the paper proves: for ONE head h, if one labelling holds for both laws and the loss has norm at
 most 1 in the space of a kernel with feature map phi, the risks differ by |R_S(h) - R_T(h)| <= W2,
 W2 in |phi(z) - phi(z')|; if phi is 1-Lipschitz, W2 <= (E |g_S(x) - g_T(x)|^2)^1/2, the root of the

@@ -52,6 +52,21 @@ def test_docstring_numbers_are_those_of_the_results(script):
         assert f"| {method} | 3 | {mean} ± {spread} |" in table, method
 
 
+def test_what_the_readme_says_of_kd2m():
+    found = {}
+    for r in load("results/distributions-*.json") + load("results/relations-*-[ck][ed]-s0.json"):
+        found.setdefault(r["method"], []).append(r["student_top1"])
+        assert r["train_images"] == 10000 and r["epochs"] == 15 and r["args"]["batch_size"] == 64
+        assert r["args"].get("metric_weight", 0) == kd2m.WEIGHTS.get(r["method"], 0)
+    top1 = {method: values[0] for method, values in found.items()}
+    by_pairs = {"mse", "cw2_empirical", "cw2_gaussian"}
+    above = {"jw2_empirical", "mmd_linear", "w2_empirical"}
+    below = {"mmd_rbf", "w2_gaussian", "kl_gaussian"}
+    assert set(top1) == by_pairs | above | below | {"CE", "KD"}
+    assert min(top1[m] for m in by_pairs) > top1["KD"] > max(top1[m] for m in above)
+    assert min(top1[m] for m in above) > top1["CE"] > max(top1[m] for m in below)
+
+
 @pytest.mark.parametrize("family", COMPARED)
 def test_compared_results_are_of_the_same_recipe_seeds_and_data(family):
     results, methods = load(f"results/{family}-*.json"), {}
