@@ -1881,6 +1881,8 @@ def pyplot(asked_by: str = "--plot"):
 
 
 def save_figure(figure, path: Path) -> None:
+    if rank() > 0:
+        return
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
     write_whole(path, buffer.getvalue())
