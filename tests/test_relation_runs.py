@@ -308,8 +308,9 @@ def test_pretrained_starts_from_torchvisions_weights(cwd, monkeypatch, capsys):
     monkeypatch.setattr(common.torchvision.models, "get_model", without_download)
     command = QUICK.replace("resnet8", "mobilenet_v2")
     assert run("sp", f"{command} --epochs 1 --pretrained --train-size 24") == 0
-    started = [name for name, weights in asked if weights == "DEFAULT"]
-    assert started == ["mobilenet_v2"] * 2  # teacher and student, not the shapes' probe
+    started = [str(weights) for _, weights in asked if weights]
+    wanted = "MobileNet_V2_Weights.IMAGENET1K_V1"
+    assert started == [wanted] * 2  # teacher and student, not the shapes' probe
     assert run("sp", f"{QUICK} --epochs 1 --pretrained") == 2
     assert "no pretrained weights" in capsys.readouterr().err
 
