@@ -109,6 +109,31 @@ def test_readme_speed_and_differences_are_those_of_the_results():
     assert f"(by {gains[0]}, {gains[1]} and {gains[2]} points)" in text
 
 
+def test_what_the_readme_says_of_metrics_and_loading():
+    text, bench = (ROOT / "README.md").read_text(), load("results/bench.json")[0]
+    median = {k: statistics.median(v) for k, v in bench["metrics"]["ms"].items()}
+    for name, (narrow, wide) in bench["metrics"]["share_of_a_step"].items():
+        row = f"| {name} | {median[f'{name} 64']:.1f} | {median[f'{name} 512']:.1f} |"
+        assert f"{row} {100 * narrow:.1f}, {100 * wide:.1f} |" in text
+        assert max(narrow, wide) <= 0.0105 or name in kd2m.OURS
+    loading = bench["loading"]["images_per_second"]
+    decoding, ready, files = (
+        statistics.median(loading[name])
+        for name in ("decoding alone", "step on ready tensors", "step on decoded files")
+    )
+    assert f"{decoding:.0f} images/s" in text and files > 0.9 * ready
+    assert "some 50 times as fast" in text and 45 < decoding / ready < 55
+    assert f"{files:.1f} images/s from files, {ready:.1f} on ready tensors" in text
+
+
+def test_what_the_readme_says_of_kills():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    kills = load("results/kills.json")[0]
+    count = sum(kills["kills"].values())
+    assert count >= 50 and kills["identical_endings"] == kills["trials"]
+    assert f"{count} times in {kills['trials']} runs" in text
+
+
 def test_what_the_readme_says_of_the_run_on_real_images():
     text = " ".join((ROOT / "README.md").read_text().split())
     epochs = load("results/coco128-epochs.json")[0]["epochs"]["KD++"]
