@@ -59,6 +59,8 @@ def test_what_the_readme_says_of_kd2m():
         assert r["train_images"] == 10000 and r["epochs"] == 15 and r["args"]["batch_size"] == 64
         assert r["args"].get("metric_weight", 0) == kd2m.WEIGHTS.get(r["method"], 0)
     top1 = {method: values[0] for method, values in found.items()}
+    printed = dict(re.findall(r"(\w+) +(\d\d\.\d\d)(?= |$)", kd2m.__doc__, re.M))
+    assert printed == {method: f"{value:.2f}" for method, value in top1.items()}
     by_pairs = {"mse", "cw2_empirical", "cw2_gaussian"}
     above = {"jw2_empirical", "mmd_linear", "w2_empirical"}
     below = {"mmd_rbf", "w2_gaussian", "kl_gaussian"}
