@@ -6,6 +6,7 @@ Every case is three steps of a script's own `main`. Networks have no BatchNorm, 
 process's own images, so that nothing but rounding may differ from one process.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -133,6 +134,16 @@ EXACT = {
 }
 
 
+def local_meter():
+    """With --gather local a process adds its own share; the epoch's line is of all of them."""
+    meter = common.Meter(argparse.Namespace(epochs=1, gather="local"), 0, 21)
+    mine = common.share(21)
+    logits = torch.eye(3)[torch.arange(21) % 3]
+    labels, values = torch.zeros(21, dtype=torch.int64), torch.arange(21.0)
+    meter.add(logits[mine], labels[mine], {"ce": values[mine].mean()})
+    return {k: v for k, v in meter.close().items() if "second" not in k}
+
+
 def of_metric(name):
     def loss(s, t, y, z, tz, heads):
         torch.manual_seed(0)  # the same lines for sliced_w2
@@ -149,6 +160,7 @@ def program(argv):
     folder = Path(argv[0] if argv else sys.argv[1])
     results = {name: run_case(folder, name) for name in (*CASES, *SYNCHRONOUS)}
     results |= {f"exact {name}": exact(name) for name in EXACT}
+    results["local meter"] = local_meter()
     torch.save(results, folder / f"rank{common.rank()}.pt")
 
 

@@ -109,6 +109,12 @@ def test_local_relations_are_another_loss(outcomes):
     assert local < whole - 0.3  # about log of half the batch: log 2 less
 
 
+def test_the_line_of_an_epoch_is_of_all_shares(outcomes):
+    one, *both = (outcome["local meter"] for outcome in outcomes)
+    assert one == {"epoch": 1, "ce": 10.0, "train_top1": 33.333}  # the mean of 0 to 20, 7 of 21
+    assert both == [one, one]
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """A run of two processes that nothing disturbed, started as people do."""
