@@ -954,15 +954,21 @@ class Data:
         neither BatchNorm nor a loss between samples is defined on it. shared: of every batch this
         process's part alone; a shuffled last batch of less than two images for each is left out.
         """
-        images, labels = getattr(self, split)
-        count, size, pad = len(labels), self.image_size, self.pad
+        count = len(getattr(self, split).labels)
         rng = torch.Generator().manual_seed(seed or 0)
         order = torch.arange(count) if seed is None else torch.randperm(count, generator=rng)
+        parts = _parts(count, batch_size, first, seed is not None, shared)
+        return self._pass(split, order, parts, rng, augment)
+
+    def _pass(self, split, order, parts, rng, augment):
+        """The batches: of each part, a slice of the order, the images and labels."""
+        images, labels = getattr(self, split)
+        count, size, pad = len(order), self.image_size, self.pad
         shift = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=rng)
         flip = (torch.rand(count, 1, generator=rng) < 0.5) & self.may_flip
         order, shift, flip = (t.to(self.device) for t in (order, shift, flip))
         grid = torch.arange(size, device=self.device)
-        for part in _parts(count, batch_size, first, seed is not None, shared):
+        for part in parts:
             x, y = images[order[part]], labels[order[part]]  # [B,S,S,3], [B]
             if augment:
                 rows = shift[0, part] + grid  # [B,S], in the padded image
@@ -1016,21 +1022,10 @@ class StreamedData(Data):
         self.train, self.test = (Split(s.images, s.labels.to(device)) for s in (train, test))
         self.workers = cores() if workers is None else workers
 
-    def batches(
-        self,
-        split: str,
-        batch_size: int,
-        seed: int | None = None,
-        augment: bool = False,
-        first: int = 0,
-        shared: bool = False,
-    ):
-        """As `Data.batches`. What is random of an image depends on the seed, not on the workers."""
-        count = len(getattr(self, split).labels)
-        rng = torch.Generator().manual_seed(seed or 0)
-        order = torch.arange(count) if seed is None else torch.randperm(count, generator=rng)
-        draws = torch.randint(2**31, (count,), generator=rng) if augment else None
-        parts = list(_parts(count, batch_size, first, seed is not None, shared))
+    def _pass(self, split, order, parts, rng, augment):
+        """What is random of an image depends on the seed of the pass, not on the workers."""
+        draws = torch.randint(2**31, order.shape, generator=rng) if augment else None
+        parts = list(parts)
         loader = torch.utils.data.DataLoader(
             self._files(split, order, draws),
             batch_size=None,  # the data set itself makes batches: a worker decodes a whole one
