@@ -1100,9 +1100,12 @@ def cores() -> int:
 def load_data(args, device) -> Data:
     """The data set that the command line asks for; kept, so that several runs load it once."""
     _fill_image_size(args)
-    key = (args.dataset, args.data_dir, args.image_size, args.train_size, str(device))
+    key = (args.dataset, args.data_dir, args.image_size, args.train_size, args.val_size)
+    key += (str(device),)
     if key not in _LOADED:
         _LOADED.clear()
+        if args.val_size:
+            print(f"note: --val-size: 'test' is of {args.val_size} images kept out of training")
         with one_rank_first():  # downloads and decodes
             _LOADED[key] = _load_data(args, device)
     return _LOADED[key]
@@ -1128,24 +1131,46 @@ def _load_data(args, device):
         train, test, classes = _read_trees(Path(args.data_dir) / "cifar100", size, args.workers)
     else:
         train, test, classes = _read_torchvision(args.dataset, args.data_dir, size)
-    if args.train_size:
-        keep = _subset(train.labels, args.train_size, len(classes))
-        train = Split(train.images[keep], train.labels[keep])
+    train, test = _chosen(args, train, test, len(classes))
     return Data(args.dataset, train, test, classes, device)
 
 
-def _subset(labels, count, num_classes):
-    """Indices of `count` images, the classes as even as they can be, the same for every seed."""
-    if not num_classes <= count <= len(labels):
-        raise UserError(
-            f"--train-size {count}: must be from {num_classes} (one a class) to {len(labels)} (all)"
-        )
+def _chosen(args, train, test, num_classes):
+    """The splits that --train-size and --val-size leave: the same for every seed, classes even."""
+    if not args.train_size and not args.val_size:
+        return train, test
+    labels = train.labels
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     by_class = order[torch.argsort(labels[order], stable=True)]
     counts = labels.bincount(minlength=num_classes).tolist()
-    place = torch.empty_like(order)  # of an image within its class, in that order
+    place, from_end = torch.empty_like(order), torch.empty_like(order)  # within its class
     place[by_class] = torch.cat([torch.arange(n) for n in counts])
-    return torch.argsort(place, stable=True)[:count].sort().values
+    from_end[by_class] = torch.cat([torch.arange(n).flip(0) for n in counts])
+    order = torch.argsort(place, stable=True)  # one of each class, then another of each, ...
+    if args.val_size:  # from the other end: what --train-size takes stays the same
+        most = len(labels) - num_classes
+        _check_count("--val-size", args.val_size, num_classes, most, "all but one a class")
+        kept_out = torch.argsort(from_end, stable=True)
+        kept_out = kept_out[place[kept_out] > 0][: args.val_size]
+        test, order = _part(train, kept_out), order[~torch.isin(order, kept_out)]
+    if args.train_size:
+        _check_count("--train-size", args.train_size, num_classes, len(order), "all")
+        order = order[: args.train_size]
+    return _part(train, order), test
+
+
+def _check_count(flag_name, count, least, most, which):
+    if not least <= count <= most:
+        raise UserError(
+            f"{flag_name} {count}: must be from {least} (one a class) to {most} ({which})"
+        )
+
+
+def _part(split, index):
+    index = index.sort().values
+    if torch.is_tensor(split.images):
+        return Split(split.images[index], split.labels[index])
+    return Split([split.images[k] for k in index.tolist()], split.labels[index])
 
 
 def _imagenet(args, device):
@@ -1154,11 +1179,8 @@ def _imagenet(args, device):
     for tree in sets:
         files, labels = zip(*tree.samples)
         splits.append(Split(list(files), torch.tensor(labels)))
-    train, test = splits
-    if args.train_size:
-        keep = _subset(train.labels, args.train_size, len(sets[0].classes))
-        train = Split([train.images[k] for k in keep.tolist()], train.labels[keep])
     classes, size = sets[0].classes, args.image_size
+    train, test = _chosen(args, *splits, len(classes))
     return StreamedData("imagenet", train, test, classes, size, args.workers, device)
 
 
@@ -2014,8 +2036,16 @@ def _check_recipe(path, recipe):
 
 # What a teacher's training shares with its student's; all else belongs to the method and is off.
 TEACHER_OPTIMIZER = ("recipe", "lr", "batch_size", "momentum", "nesterov", "weight_decay")
-TEACHER_KEEPS = ("dataset", "data_dir", "image_size", "train_size", "precision", "device")
-TEACHER_KEEPS += ("workers", "compile", "script", "pretrained", "gather", *TEACHER_OPTIMIZER)
+TEACHER_KEEPS = ("dataset", "data_dir", "image_size", "train_size", "val_size", "precision")
+TEACHER_KEEPS += (
+    "device",
+    "workers",
+    "compile",
+    "script",
+    "pretrained",
+    "gather",
+    *TEACHER_OPTIMIZER,
+)
 # What decides its weights, besides the data; kept in its checkpoint.
 TEACHER_RECIPE = ("student", "epochs", "seed", "precision", "image_size", "pretrained", "script")
 TEACHER_RECIPE += TEACHER_OPTIMIZER
@@ -2863,6 +2893,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--train-size", type=positive_int, metavar="N", help="train on N images, even classes (all)"
     )
+    add("--val-size", type=positive_int, metavar="N", help="keep N training images out and measure"
+        " on them, not on the test set: to choose weights and rates")  # fmt: skip
     add("--teacher-ckpt", metavar="FILE", help="a teacher's weights, such as RepDistiller's")
     add("--pretrained-teacher", action="store_true", help="torchvision's ImageNet weights, as such")
     add(
@@ -2993,17 +3025,21 @@ def table(results: list[dict]) -> str:
     """A Markdown table of results, a row a method: n, last-epoch top-1 or AP, mean and spread.
 
     The spread is the standard deviation over seeds (n - 1 in the denominator). The last column
-    names methods of the same pair whose mean lies within the larger of the two spreads.
+    names methods of the same pair whose mean lies within the larger of the two spreads. Runs of a
+    method with other flags are rows of their own, named with the flags that differ.
     """
     kind = "ap" if "student_ap" in results[0] else "top1"
     groups: dict = {}
     for r in results:
-        key = (r["dataset"], r["train_images"], r["epochs"], r["teacher"], r["student"])
+        measured = r["dataset"] + (" (validation)" if r.get("args", {}).get("val_size") else "")
+        key = (measured, r["train_images"], r["epochs"], r["teacher"], r["student"])
         key += (r["method"], r.get("teacher_hash"), r.get("data_hash"))
         without = FREE | {"seed"}
         if r.get("world_size", 1) == 1:
             without |= {"gather"}  # it means nothing there
-        settings = {k: v for k, v in r.get("args", {}).items() if k not in without}
+        # None: not asked for, as before the flag existed.
+        args = {k: v for k, v in r.get("args", {}).items() if v is not None}
+        settings = {k: v for k, v in args.items() if k not in without}
         group = groups.setdefault((*key, json.dumps(settings, sort_keys=True)), {})
         # A run given twice counts once.
         group[r.get("seed", len(group))] = r[f"student_{kind}"], r[f"teacher_{kind}"]
@@ -3013,12 +3049,16 @@ def table(results: list[dict]) -> str:
         values, teachers = zip(*by_seed.values())
         mean, n = sum(values) / len(values), len(values)
         spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else None
-        rows.append((key, values, teachers, mean, spread))
+        mine = json.loads(key[-1])
+        others = [json.loads(other[-1]) for other in groups if other[:6] == key[:6]]
+        differs = [k for k in mine if any(mine[k] != other.get(k) for other in others)]
+        name = " ".join([key[5], *(f"{flag(k)} {mine[k]}" for k in differs)])
+        rows.append(((*key[:5], name), values, teachers, mean, spread))
     lines = ["| data, images, epochs | teacher | student | method | n | "]
     lines[0] += f"{score} | lowest, highest | not apart from |"
     lines.append("|---|---|---|---|---|---|---|---|")
     for key, values, teachers, mean, spread in rows:
-        dataset, images, epochs, teacher, student, method = key[:6]
+        dataset, images, epochs, teacher, student, method = key
         figure, near = f"{mean:.2f}", ["one run"]
         if spread is not None:
             figure += f" ± {spread:.2f}"

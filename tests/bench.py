@@ -239,7 +239,8 @@ def metric_costs():
 
 def loading():
     """ImageNet files: does decoding, by one worker with a core to itself, hold up the step?"""
-    args = dict(dataset="imagenet", data_dir=options.imagenet, image_size=224, train_size=None)
+    args = dict(dataset="imagenet", data_dir=options.imagenet, image_size=224)
+    args |= dict(train_size=None, val_size=None)
     data = common._imagenet(argparse.Namespace(**args, workers=1), device)
     threads, size = torch.get_num_threads(), 16
     torch.set_num_threads(max(1, threads - 1))

@@ -247,7 +247,8 @@ def test_files_are_replaced_whole(tmp_path):
 def arguments(**changes):
     import argparse
 
-    values = dict(dataset="shapes", data_dir="data", image_size=32, train_size=None, workers=2)
+    values = dict(dataset="shapes", data_dir="data", image_size=32, train_size=None, val_size=None)
+    values |= dict(workers=2)
     return argparse.Namespace(**values | changes)
 
 
@@ -341,6 +342,39 @@ def test_train_size_is_even_over_classes_and_the_same_every_time():
     for size in (23, 5001):
         with pytest.raises(UserError, match=f"--train-size {size}"):
             common.load_data(arguments(train_size=size), CPU)
+
+
+def test_validation_images_come_from_the_training_set_alone(capsys):
+    whole = common.load_data(arguments(), CPU)
+    usual = common.load_data(arguments(train_size=480), CPU)
+    data = common.load_data(arguments(train_size=480, val_size=240), CPU)
+    assert "'test' is of 240 images kept out of training" in capsys.readouterr().out
+    assert torch.equal(data.train.images, usual.train.images)  # the same images to learn from
+    assert data.test.labels.bincount().tolist() == [10] * 24
+    known = {image.numpy().tobytes(): k for k, image in enumerate(whole.train.images)}
+    kept_out = [known[image.numpy().tobytes()] for image in data.test.images]
+    assert torch.equal(whole.train.labels[kept_out], data.test.labels)
+    trained = {known[image.numpy().tobytes()] for image in data.train.images}
+    assert len(set(kept_out)) == 240 and not trained & set(kept_out)
+    rest = common.load_data(arguments(val_size=240), CPU)
+    assert len(rest.train.labels) == len(whole.train.labels) - 240
+    for size in (23, 4977):
+        with pytest.raises(UserError, match=f"--val-size {size}: must be from 24 .* to 4976"):
+            common.load_data(arguments(val_size=size), CPU)
+    with pytest.raises(UserError, match="--train-size 4800: must be from 24 .* to 4760"):
+        common.load_data(arguments(train_size=4800, val_size=240), CPU)
+
+
+def test_every_class_keeps_an_image_to_learn_from():
+    images = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1)
+    train = common.Split(images, torch.tensor([0] * 8 + [1] * 3 + [2]))
+    for size in range(3, 10):
+        rest, kept_out = common._chosen(arguments(val_size=size), train, train, 3)
+        assert len(kept_out.labels) == size and rest.labels.bincount().gt(0).tolist() == [True] * 3
+        counts = kept_out.labels.bincount(minlength=3).tolist()
+        assert counts[1] == min(2, size // 2) and counts[2] == 0  # as even as they can be
+        both = torch.cat([rest.images, kept_out.images]).flatten()
+        assert sorted(both.tolist()) == list(range(12))
 
 
 def test_a_tree_is_decoded_once(tmp_path, capsys):
@@ -522,6 +556,20 @@ def test_table_is_computed_from_results(tmp_path, capsys):
     assert "| SP | 3 | 60.50 ± 0.10 | 60.40, 60.60 | KD |" in out
     assert "| AT | 3 | 59.90 ± 0.10 | 59.80, 60.00 | - |" in out
     assert "| u | SP | 2 | 62.05 ± 0.07 | 62.00, 62.10 | - |" in out
+    # other flags: another row, which says what differs; of the validation images: said too
+    rows = [
+        dict(
+            base, method="KD", student_top1=60.0, seed=0, args=dict(sp_weight=1.0, epochs=3, seed=0)
+        )
+    ]
+    rows.append(dict(rows[0], student_top1=62.0, seed=1, args=rows[0]["args"] | dict(seed=1)))
+    rows[1]["args"]["unknown_before"] = None
+    rows.append(dict(rows[0], student_top1=50.0, args=dict(sp_weight=10.0, epochs=3, seed=0)))
+    rows.append(dict(base, method="KD", student_top1=40.0, args=dict(sp_weight=1.0, val_size=9)))
+    out = common.table(rows)
+    assert "| d, 1,000, 3 | t (70.00) | s | KD --sp-weight 1.0 | 2 | 61.00 ± 1.41 |" in out
+    assert "| KD --sp-weight 10.0 | 1 | 50.00 |" in out
+    assert "| d (validation), 1,000, 3 | t (70.00) | s | KD | 1 | 40.00 |" in out
     (tmp_path / "bad.json").write_text('{"method": "KD", "stu')
     with pytest.raises(UserError, match="bad.json"):
         common.print_table([str(tmp_path / "bad.json")])

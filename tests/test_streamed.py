@@ -36,8 +36,9 @@ def tree(cwd):
 
 
 def load(workers=0, size=32, **more):
-    args = dict(dataset="imagenet", data_dir="tree", image_size=size, train_size=None)
-    return common._imagenet(type("", (), args | dict(workers=workers) | more), CPU)
+    args = dict(dataset="imagenet", data_dir="tree", image_size=size, workers=workers)
+    args |= dict(train_size=None, val_size=None)
+    return common._imagenet(type("", (), args | more), CPU)
 
 
 def everything(batches):
@@ -131,6 +132,14 @@ def test_a_part_of_the_training_images(tree):
     data = load(0, train_size=7)
     assert data.train.labels.bincount().tolist() in ([3, 2, 2], [2, 3, 2], [2, 2, 3])
     assert len(data.train.images) == 7 and data.fingerprint != load(0).fingerprint
+
+
+def test_images_are_kept_out_of_training(tree):
+    whole, data = load(0), load(0, val_size=5)
+    assert sorted(data.train.images + data.test.images) == sorted(whole.train.images)
+    assert data.test.labels.bincount().tolist() in ([2, 2, 1], [2, 1, 2], [1, 2, 2])
+    of = dict(zip(whole.train.images, whole.train.labels.tolist()))
+    assert [of[path] for path in data.test.images] == data.test.labels.tolist()
 
 
 def test_a_damaged_image_is_named(tree, capsys, any_teacher_passes):
