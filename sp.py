@@ -25,20 +25,23 @@ smaller still. It falls as 1 / B: twice the batch halves its pull. 3000 is in us
     python sp.py --recipe paper --teacher wrn_16_8 --student wrn_40_2      CIFAR-10
 
 Measured, top-1 % of the last epoch on CIFAR-100's test images, mean ± standard deviation over the
-seeds 0, 1, 2; resnet56 (69.56 %) -> resnet8, two CPU cores, and so a small budget: 10,000 training
-images, 15 epochs (--train-size 10000 --epochs 15). It shows that the code works, not what the
-method gains in 240 epochs.
+seeds 0, 1, 2; resnet56 (69.56 %, of all 50,000 images) -> resnet8, a small budget for a CPU: 10,000
+training images, 15 epochs. It shows that the code works, not what the method gains in 240 epochs.
 
     CE      24.03 ± 0.14
     KD      32.03 ± 0.44
     SP      27.30 ± 0.40
     SP+KD   36.01 ± 0.24
 
+(--student resnet8 --teacher-ckpt FILE --train-size 10000 --epochs 15 --compare --seeds 0 1 2, the
+last row with --kd-weight 1. KD is higher in nd.py, whose recipe has larger batches and more.)
+
 Differs from the paper and from other code:
  1. Rows are divided by their L2 norm, after the product. (torchdistill's rows are divided by their
     L1 norm.) A zero row of the product stays zero instead of becoming 0/0.
  2. One pair of maps, the last stage outputs, as in RepDistiller, whose code one of the authors
-    checked. --sp-maps all: all stage outputs, summed. In WRN and MobileNetV2 they have met no ReLU.
+    checked. --sp-maps all: all stage outputs, summed. In WRN and MobileNetV2 these come before any
+    ReLU, so that they have negative entries.
  3. --recipe paper: 200 epochs of batch 128, Nesterov, lr 0.1, times 0.2 at 60, 120 and 160. It is
     that of an independent replication; it was not checked against the paper.
  4. The result is the last epoch, of each seed. The baseline KD is ce + kd; RepDistiller's KD rows
@@ -92,8 +95,8 @@ from common import (  # nothing in there knows about distillation
 
 # --- copy from here ---------------------------------------------------------------------------
 # Needs `import torch` and `import torch.nn.functional as F`. Every loss computes in float32 or
-# better, also inside autocast (where a project allows TF32, that holds here too), and sends no
-# gradient into the teacher.
+# better, also inside autocast (products in TF32 if your project allows that), and sends no gradient
+# into the teacher.
 
 
 def _full(x: torch.Tensor) -> torch.Tensor:
@@ -112,19 +115,18 @@ def _same_batch(student: torch.Tensor, teacher: torch.Tensor) -> None:
         raise ValueError(f"a batch of {len(student)} of the student, {len(teacher)} of the teacher")
 
 
-def _largest_one(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-    """x divided by its largest |entry| along dims: for losses that one factor does not change.
+def _scaled(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    """x / max |x| along dims: products of tiny or huge features neither vanish nor overflow.
 
-    Products of tiny or huge features then neither vanish nor overflow. Detached: as the factor
-    changes nothing, it has no gradient.
+    For losses that such a factor does not change; so it has no gradient and is detached.
     """
     return x / x.detach().abs().amax(dims, keepdim=True).clamp_min(1e-30)
 
 
 def _similarities(q: torch.Tensor) -> torch.Tensor:
     """Rows q_i, [...,N,F], to the matrix of dot products q_i.q_j with unit rows, [...,N,N]."""
-    q = _largest_one(q, (-2, -1))
-    with torch.autocast(q.device.type, enabled=False):  # bfloat16 would round away what differs
+    q = _scaled(q, (-2, -1))
+    with torch.autocast(q.device.type, enabled=False):  # what differs is small: not in bfloat16
         gram = q @ q.mT  # [...,N,N]
     return _unit(gram, dim=-1)
 
@@ -134,7 +136,8 @@ def sp_loss(student_map: torch.Tensor, teacher_map: torch.Tensor) -> torch.Tenso
 
     student_map, teacher_map [B,...]: same B, two or more; the rest may differ and is flattened.
     G: Gram matrix of the batch, rows divided by their L2 norms. Usual weight 3000 at B = 64: the
-    value starts near 0.0015 and falls as 1/B. Source: arXiv 1907.09682.
+    value starts near 0.0015 (MobileNetV2: 0.004) and falls as 1/B. Under DDP gather the maps first:
+    a process's 1/N of the batch makes it N times as large. Source: arXiv 1907.09682.
     """
     _same_batch(student_map, teacher_map)
     g_s = _similarities(_full(student_map).flatten(1))  # [B,B]
@@ -145,17 +148,17 @@ def sp_loss(student_map: torch.Tensor, teacher_map: torch.Tensor) -> torch.Tenso
 def cc_loss(
     student_emb: torch.Tensor, teacher_emb: torch.Tensor, gamma: float = 0.4, order: int = 2
 ) -> torch.Tensor:
-    """Correlation congruence: |K_T - K_S|_F^2 / B^2 with K_ij = exp(-gamma |x_i - x_j|^2).
+    """Correlation congruence: |K_T - K_S|_F^2 / B^2 with K_ij near exp(-gamma |x_i - x_j|^2).
 
-    [B,...], flattened; x are the rows as unit vectors, so that K_ij = exp(-2 gamma)
-    exp(2 gamma x_i.x_j), whose second factor is expanded (Taylor) up to `order`. A zero row is
-    unlike all others. Weight 100 here: the value starts at 0.005 to 0.06, at any B. Source: Peng et
-    al., ICCV 2019, arXiv 1904.01802.
+    [B,...], flattened; x_i the rows as unit vectors, so that |x_i - x_j|^2 = 2 - 2 x_i.x_j, and
+    K_ij = exp(-2 gamma) times the Taylor series of exp(2 gamma x_i.x_j) up to `order`. A zero row
+    is unlike all others. Weight 100 here: the value starts at 0.005 to 0.06, at any B. Source: Peng
+    et al., ICCV 2019, arXiv 1904.01802.
     """
     _same_batch(student_emb, teacher_emb)
 
     def kernel(features):
-        x = _unit(_largest_one(_full(features).flatten(1), (1,)))  # [B,F]
+        x = _unit(_scaled(_full(features).flatten(1), (1,)))  # [B,F]
         with torch.autocast(x.device.type, enabled=False):
             exponent = 2 * gamma * x @ x.T  # 2 gamma x_i.x_j  [B,B]
         term = total = torch.ones_like(exponent)
@@ -169,6 +172,8 @@ def cc_loss(
 
 def _same_size(student_map: torch.Tensor, teacher_map: torch.Tensor) -> list[torch.Tensor]:
     """Both [B,C,H,W] averaged down to the smaller height and width of the two."""
+    if not student_map.dim() == teacher_map.dim() == 4:
+        raise ValueError("maps must be [B,C,H,W]; tokens [B,N,C]: transpose, and split N into H, W")
     size = [min(pair) for pair in zip(student_map.shape[-2:], teacher_map.shape[-2:])]
     return [F.adaptive_avg_pool2d(_full(x), size) for x in (student_map, teacher_map.detach())]
 
@@ -178,7 +183,8 @@ def intra_loss(student_map: torch.Tensor, teacher_map: torch.Tensor) -> torch.Te
 
     [B,C,H,W], the larger map averaged down to the smaller: per image |G_T - G_S|_F^2 / (HW)^2,
     G from its HW vectors of C channels; mean over the batch. Weight 1000 here, for 8x8 maps, where
-    the value starts near 0.005; it falls roughly as 1/HW. At 1x1 it is 0. Needs [B,HW,HW] memory.
+    the value starts near 0.005; it falls roughly as 1/HW (MobileNetV2, 2x2: 0.17). At 1x1 it is 0.
+    Needs [B,HW,HW] memory. ValueError: maps of other than four dimensions.
     """
     _same_batch(student_map, teacher_map)
     s, t = (x.flatten(2).mT for x in _same_size(student_map, teacher_map))  # [B,HW,C]
@@ -198,7 +204,7 @@ def at_loss(student_map: torch.Tensor, teacher_map: torch.Tensor) -> torch.Tenso
     s, t = _same_size(student_map, teacher_map)
 
     def attention(x):
-        return _unit(_largest_one(x, (1, 2, 3)).square().mean(1).flatten(1))  # [B,HW]
+        return _unit(_scaled(x, (1, 2, 3)).square().mean(1).flatten(1))  # [B,HW]
 
     return (attention(s) - attention(t)).square().mean()
 

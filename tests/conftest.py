@@ -25,10 +25,10 @@ def forget_loaded_data():
 
 
 @pytest.fixture
-def small_test_split(monkeypatch):
-    """The splits of `shapes` cut to 240 images: tests need no accuracy."""
+def few_shapes(monkeypatch):
+    """The splits of `shapes` cut to 72 images: tests need no accuracy."""
     draw = common.draw_shapes
-    monkeypatch.setattr(common, "draw_shapes", lambda n, s, size: draw(min(n, 240), s, size))
+    monkeypatch.setattr(common, "draw_shapes", lambda n, s, size: draw(min(n, 72), s, size))
 
 
 @pytest.fixture

@@ -1,8 +1,11 @@
 """What the tests of whole runs share: commands of a second, files to load, ways to stop."""
 
 import json
+import multiprocessing
 import os
+import shlex
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,8 @@ import common
 ROOT = Path(common.__file__).parent
 # A run of a second: two batches an epoch, the smallest networks.
 QUICK = "--dataset shapes --train-size 48 --batch-size 24 --teacher resnet8 --student resnet8"
-WIDE = "--dataset shapes --train-size 48 --batch-size 24 --teacher resnet8 --student wrn_16_2"
+# The same with embeddings of different width.
+WIDE = "--dataset shapes --train-size 48 --batch-size 24 --teacher wrn_16_2 --student resnet8"
 TIMES = ("seconds", "images_per_second", "peak_memory_mb")
 
 
@@ -55,6 +59,17 @@ def stop_in(monkeypatch, which_add):
         return add(self, *a, **k)
 
     monkeypatch.setattr(common.Meter, "add", stopping)
+
+
+def forked(program, command):
+    """A process that runs the program with these arguments, as this one is patched by now."""
+
+    def child():
+        sys.exit(common.run_program(program, shlex.split(command)))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
 
 
 class Bomb:

@@ -45,6 +45,12 @@ SYNCHRONOUS = {
 }
 
 
+def few_shapes():
+    """From here on, in this process, the splits of `shapes` have 72 images."""
+    draw = common.draw_shapes
+    common.draw_shapes = lambda count, *rest: draw(min(count, 72), *rest)
+
+
 def without_batchnorm(net):
     for module in list(net.modules()):
         for name, child in module.named_children():
@@ -76,7 +82,7 @@ def run_case(folder, name):
     argv += ["--teacher-ckpt", str(folder / ("plain.pth" if plain else "teacher.pth"))]
     common.build_model = script.build_model = build_model
     common.near_chance = lambda *_: False  # a teacher that knows nothing will do
-    common.draw_shapes = lambda count, *rest: draw(min(count, 200), *rest)
+    common.draw_shapes = lambda count, *rest: draw(min(count, 72), *rest)
     nd.ReviewKD = lambda *widths: without_batchnorm(review(*widths))
     script.average_gradients = average_gradients
     try:

@@ -333,36 +333,36 @@ def test_a_last_batch_of_one_is_left_out_when_training_only():
     assert [len(y) for _, y in data.batches("train", 16)] == [16, 16, 1]
 
 
-def test_train_size_is_even_over_classes_and_the_same_every_time():
+def test_train_size_is_even_over_classes_and_the_same_every_time(few_shapes):
     data = common.load_data(arguments(train_size=60), CPU)
     counts = data.train.labels.bincount(minlength=24)
-    assert counts.min() == 2 and counts.max() == 3 and len(data.test.labels) == 1000
+    assert counts.min() == 2 and counts.max() == 3 and len(data.test.labels) == 72
     common._LOADED.clear()
     assert common.load_data(arguments(train_size=60), CPU).fingerprint == data.fingerprint
-    for size in (23, 5001):
+    for size in (23, 73):
         with pytest.raises(UserError, match=f"--train-size {size}"):
             common.load_data(arguments(train_size=size), CPU)
 
 
-def test_validation_images_come_from_the_training_set_alone(capsys):
+def test_validation_images_come_from_the_training_set_alone(few_shapes, capsys):
     whole = common.load_data(arguments(), CPU)
-    usual = common.load_data(arguments(train_size=480), CPU)
-    data = common.load_data(arguments(train_size=480, val_size=240), CPU)
-    assert "'test' is of 240 images kept out of training" in capsys.readouterr().out
+    usual = common.load_data(arguments(train_size=30), CPU)
+    data = common.load_data(arguments(train_size=30, val_size=24), CPU)
+    assert "'test' is of 24 images kept out of training" in capsys.readouterr().out
     assert torch.equal(data.train.images, usual.train.images)  # the same images to learn from
-    assert data.test.labels.bincount().tolist() == [10] * 24
+    assert data.test.labels.bincount().tolist() == [1] * 24
     known = {image.numpy().tobytes(): k for k, image in enumerate(whole.train.images)}
     kept_out = [known[image.numpy().tobytes()] for image in data.test.images]
     assert torch.equal(whole.train.labels[kept_out], data.test.labels)
     trained = {known[image.numpy().tobytes()] for image in data.train.images}
-    assert len(set(kept_out)) == 240 and not trained & set(kept_out)
-    rest = common.load_data(arguments(val_size=240), CPU)
-    assert len(rest.train.labels) == len(whole.train.labels) - 240
-    for size in (23, 4977):
-        with pytest.raises(UserError, match=f"--val-size {size}: must be from 24 .* to 4976"):
+    assert len(set(kept_out)) == 24 and not trained & set(kept_out)
+    rest = common.load_data(arguments(val_size=24), CPU)
+    assert len(rest.train.labels) == 48
+    for size in (23, 49):
+        with pytest.raises(UserError, match=f"--val-size {size}: must be from 24 .* to 48"):
             common.load_data(arguments(val_size=size), CPU)
-    with pytest.raises(UserError, match="--train-size 4800: must be from 24 .* to 4760"):
-        common.load_data(arguments(train_size=4800, val_size=240), CPU)
+    with pytest.raises(UserError, match="--train-size 50: must be from 24 .* to 48"):
+        common.load_data(arguments(train_size=50, val_size=24), CPU)
 
 
 def test_every_class_keeps_an_image_to_learn_from():

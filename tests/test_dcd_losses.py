@@ -184,10 +184,31 @@ def test_a_cast_module_takes_any_input():
 
 def test_wrong_use_is_refused():
     student, teacher = embeddings()
-    with pytest.raises(ValueError, match="6 students, 1 teachers"):
-        loss_module()(student, teacher[:1])
+    tokens = student[:, None].expand(-1, len(student), -1)
+    for s, t in (
+        (student, teacher[:1]),
+        (student, teacher[0]),
+        (tokens, teacher),
+        (tokens, tokens),
+    ):
+        with pytest.raises(ValueError, match=r"needs \[B,D\] of both"):
+            loss_module()(s, t)
     with pytest.raises(ValueError, match="choose both"):
         loss_module(terms="contrast")
+
+
+def test_a_teacher_under_inference_mode():
+    module = loss_module().float()
+    student, teacher = (x.float() for x in embeddings())
+    with torch.inference_mode():
+        teacher = teacher + 0
+    module(student, teacher).backward()
+    assert teacher.is_inference() and module.teacher_head.weight.grad.abs().sum() > 0
+
+
+def test_the_largest_scale_is_a_number_whatever_the_default_device():
+    with torch.device("meta"):
+        assert dcd.DCDLoss(4, 4).max_tau == pytest.approx(math.log(10))
 
 
 def test_known_values():

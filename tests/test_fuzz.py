@@ -24,7 +24,7 @@ SOME = settings(
     derandomize=True,  # the same examples every time
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-pytestmark = pytest.mark.usefixtures("small_test_split")
+pytestmark = pytest.mark.usefixtures("few_shapes")
 
 
 def net(name="resnet8", classes=5):

@@ -699,6 +699,18 @@ def test_autocast_changes_nothing(name):
     assert torch.equal(value, inside[0]) and torch.equal(gradient, inside[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_teacher_under_inference_mode(name, dtype):
+    d = case(dtype=dtype)
+    teachers = [k for k in ("t", "zt") if k in d]
+    with torch.inference_mode():
+        d |= {k: d[k] + 0 for k in teachers}
+    d["s"] = d["s"].requires_grad_()
+    EVERY[name](d).backward()
+    assert d["t"].is_inference() and d["s"].grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_no_gradient_reaches_the_teacher(name):
     d = {k: v.requires_grad_(v.is_floating_point()) for k, v in case().items()}

@@ -16,7 +16,7 @@ import common
 import kd2m
 import sp
 
-pytestmark = pytest.mark.usefixtures("small_test_split")
+pytestmark = pytest.mark.usefixtures("few_shapes")
 
 
 def run(command, *more):
@@ -117,15 +117,15 @@ def test_compare_adds_ce_kd_and_the_paired_control(quick, capsys):
 
 
 def test_different_widths(cwd, capsys, any_teacher_passes):
-    teacher_file()
+    teacher_file(name="wrn_16_2")
     command = f"{WIDE} --epochs 1 --teacher-ckpt teacher.pth --out o"
     assert run(command) == 2
     error = capsys.readouterr().err
-    assert "wrn_16_2's embedding is 128 wide" in error and "--projector linear" in error
+    assert "resnet8's embedding is 64 wide" in error and "--projector linear" in error
     assert run(command, "--projector", "linear") == 0
     saved = torch.load("o/last.pt", weights_only=True)["state"]["helpers"]
-    assert saved["projector.weight"].shape == (64, 128)
-    student = common.build_model("wrn_16_2", 24)
+    assert saved["projector.weight"].shape == (128, 64)
+    student = common.build_model("resnet8", 24)
     student.load_state_dict(load("o/student.pt"))  # without the projector
     assert run(command, "--metric", "gromov_w2", "--compare") == 0
     assert result("o")["method"] == "gromov_w2" and not Path("o/mse").exists()
@@ -133,7 +133,7 @@ def test_different_widths(cwd, capsys, any_teacher_passes):
 
 def test_resume_equals_uninterrupted(cwd, monkeypatch, any_teacher_passes):
     """With a projector, and random lines that need the random state."""
-    teacher_file()
+    teacher_file(name="wrn_16_2")
     command = f"{WIDE} --epochs 2 --projector linear --metric sliced_w2 --teacher-ckpt teacher.pth"
     assert run(command, "--out", "whole") == 0
     with monkeypatch.context() as patch:

@@ -342,6 +342,59 @@ def test_hcl_sends_no_gradient_to_the_teacher_and_takes_bf16():
     assert value.dtype == torch.float32 and t.grad is None and s.grad.abs().sum() > 0
 
 
+def test_embeddings_of_other_shapes_are_refused_or_flattened():
+    d = case()
+    pooled = {k: v[:, :, None, None] for k, v in d.items() if k in ("s", "t")}
+    assert nd.nd_loss(**named(pooled), **means(d)) == nd.nd_loss(**named(d), **means(d))
+    assert nd.norm_loss(**named(pooled)) == nd.norm_loss(**named(d))
+    assert nd.direction_loss(pooled["s"], d["c"], d["y"]) == nd.direction_loss(
+        d["s"], d["c"], d["y"]
+    )
+    for t in (d["t"][:1], d["t"][:, :1], d["t"][:, :, None].expand(-1, -1, D)):
+        for loss in (nd.norm_loss, lambda s, t: nd.nd_loss(s, t, d["c"], d["y"])):
+            with pytest.raises(ValueError, match="project the student's"):
+                loss(d["s"], t)
+
+
+def named(d):
+    return {"student_emb": d["s"], "teacher_emb": d["t"]}
+
+
+def means(d):
+    return {"class_means": d["c"], "labels": d["y"]}
+
+
+def test_a_teacher_under_inference_mode():
+    with torch.inference_mode():
+        d = case(dtype=torch.float32)
+        t, zt, c, maps = d["t"] + 0, d["zt"] + 0, d["c"] + 0, torch.randn(2, 3, 8, 8)
+    d = case(dtype=torch.float32)
+    x = torch.ones((), requires_grad=True)
+    values = [
+        nd.nd_loss(x * d["s"], t, c, d["y"]),
+        nd.direction_loss(x * d["s"], c, d["y"]),
+        nd.norm_loss(x * d["s"], t),
+        nd.kd_loss(x * d["zs"], zt),
+        nd.dkd_loss(x * d["zs"], zt, d["y"]),
+        nd.dist_loss(x * d["zs"], zt),
+        nd.hcl_loss([x * torch.randn(2, 3, 8, 8)], [maps]),
+    ]
+    sum(values).backward()
+    assert maps.is_inference() and x.grad.isfinite()
+
+
+def test_review_needs_a_map_a_level():
+    module = nd.ReviewKD([4, 6], [5, 7], 3)
+    student, teacher = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8, 8)
+    for maps in (
+        ([student], [teacher]),
+        ([student] * 2, [teacher]),
+        ([student] * 3, [teacher] * 3),
+    ):
+        with pytest.raises(ValueError, match="one a level"):
+            module(*maps)
+
+
 def test_review_fuses_from_deep_to_shallow():
     """Two levels by hand: what the module returns, written out operation by operation."""
     torch.manual_seed(0)

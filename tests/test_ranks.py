@@ -44,6 +44,7 @@ def child(rank, port, program, argv, cwd):
     sys.stdout, sys.stderr = (open(number, "w", buffering=1) for number in (1, 2))
     common._LOADED.clear()
     common._EVALUATED.clear()
+    ranks.few_shapes()
     try:
         status = common.run_program(program, [str(a) for a in argv])
     except BaseException:
@@ -119,8 +120,11 @@ def test_the_line_of_an_epoch_is_of_all_shares(outcomes):
 def alone(tmp_path_factory):
     """A run of two processes that nothing disturbed, started as people do."""
     folder = tmp_path_factory.mktemp("alone")
+    script = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\n"
+    script += "import common, ranks, sp; ranks.few_shapes()\n"
+    (folder / "script.py").write_text(script + "sys.exit(common.run_program(sp.program))\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(ROOT / "sp.py"), *SCRIPT, "--out", "a"]
+    command += ["script.py", *SCRIPT, "--out", "a"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout

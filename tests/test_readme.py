@@ -22,7 +22,7 @@ import sp
 
 SCRIPTS = {"nd": nd, "sp": sp, "dcd": dcd, "kd2m": kd2m}
 README = (ROOT / "README.md").read_text()
-pytestmark = pytest.mark.usefixtures("small_test_split")
+pytestmark = pytest.mark.usefixtures("few_shapes")
 
 
 SMALLER = {"resnet56": "resnet8", "resnet20": "resnet8", "resnet32x4": "resnet8x4"}
@@ -65,11 +65,12 @@ def test_commands_run(cwd, script, command, capsys, any_teacher_passes, monkeypa
     )
     for root in ("data/cifar100", "my-images"):
         for split in ("train", "test"):
-            for k in range(100):
+            for k in range(20):
                 folder = Path(root) / split / f"class{k:02d}"
                 folder.mkdir(parents=True)
-                pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
-                Image.fromarray(pixels).save(folder / "0.png")
+                for i in range(2):
+                    pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
+                    Image.fromarray(pixels).save(folder / f"{i}.png")
     if "imagenet" in command:
         for split in ("train", "val"):
             for k in range(1000):
@@ -82,9 +83,9 @@ def test_commands_run(cwd, script, command, capsys, any_teacher_passes, monkeypa
         role = "teacher" if f"--teacher-ckpt {name}" in command else "student"
         network = re.search(rf"--{role} (\S+)", command)
         default = {"teacher": "resnet56", "student": "resnet20"}[role]
-        teacher_file(name, network.group(1) if network else default, 100)
+        teacher_file(name, network.group(1) if network else default, 20)
     command = re.sub(r"--train-size \d+", "", command)
-    command += " --epochs 1 --teacher-epochs 1 --batch-size 48"
+    command += " --epochs 1 --teacher-epochs 1 --batch-size 20"
     command += " --train-size 48" if "shapes" in command else ""
     command += " --train-size 1000 --batch-size 500" if "imagenet" in command else ""
     program = SCRIPTS[script].program

@@ -31,7 +31,7 @@ import nd
 import sp
 
 SCRIPTS = {"nd": nd, "sp": sp, "dcd": dcd}
-pytestmark = pytest.mark.usefixtures("small_test_split")
+pytestmark = pytest.mark.usefixtures("few_shapes")
 
 
 def run(script, command, *more):
@@ -51,7 +51,7 @@ def quick(cwd, any_teacher_passes):
 @pytest.mark.parametrize("script, method", [("sp", "SP"), ("dcd", "DCD")])
 def test_one_command_trains_the_teacher_and_writes_the_run(cwd, script, method, capsys):
     assert run(script, WIDE, "--epochs", "2") == 0
-    out = cwd / "runs" / f"{script}-resnet8-wrn_16_2-shapes-s0"
+    out = cwd / "runs" / f"{script}-wrn_16_2-resnet8-shapes-s0"
     names = {p.name for p in out.iterdir()}
     assert names == {"metrics.jsonl", "result.json", "student.pt", "last.pt", ".lock"}
     assert [line["epoch"] for line in lines(out)] == [1, 2]
@@ -128,7 +128,7 @@ def test_sp_weight_batch_multiplies_the_weight(quick):
 def test_the_class_counts_of_teacher_and_student_widths_may_differ(cwd, any_teacher_passes):
     for script, teacher in (("sp", "vgg8"), ("dcd", "MobileNetV2")):
         teacher_file("teacher.pth", teacher)
-        command = WIDE.replace("--teacher resnet8", f"--teacher {teacher}")
+        command = WIDE.replace("--teacher wrn_16_2", f"--teacher {teacher}")
         assert run(script, f"{command} --epochs 1 --teacher-ckpt teacher.pth --out o") == 0
 
 
@@ -225,12 +225,12 @@ def test_schedules_at_full_length(
     monkeypatch.setattr(common.Run, "_save", lambda *a: None)
     monkeypatch.setattr(common.Run, "_write_metrics", lambda *a: None)
     monkeypatch.setattr(common.Meter, "report", lambda *a: None)
-    batch = (torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))
-    monkeypatch.setattr(common.Data, "batches", lambda *a, **k: iter([batch] * 2))
-    monkeypatch.setattr(common.Data, "steps", lambda *a: 2)
+    batch = (torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))
+    monkeypatch.setattr(common.Data, "batches", lambda *a, **k: iter([batch]))
+    monkeypatch.setattr(common.Data, "steps", lambda *a: 1)
     zero = f"--{script}-weight 0"
     assert run(script, f"{QUICK} {options} {zero} --teacher-ckpt teacher.pth --out o") == 0
-    assert len(seen) == 2 * length
+    assert len(seen) == length
     for epoch, rate in seen:
         assert rate == pytest.approx(lr * factor ** sum(epoch >= drop for drop in drops))
 
@@ -258,24 +258,25 @@ def test_compare_sets_ce_and_kd_beside_the_method(quick, capsys):
     assert same(weights("sp/ce/student.pt"), weights("dcd/ce/student.pt"))
 
 
-@pytest.mark.parametrize("step", [2, 3])
 @pytest.mark.parametrize("script", ["sp", "dcd"])
-def test_resume_equals_uninterrupted(cwd, monkeypatch, script, step, any_teacher_passes):
+def test_resume_equals_uninterrupted(cwd, monkeypatch, script, any_teacher_passes):
     teacher_file()
     command = f"{QUICK} --epochs 2 --kd-weight 1 --teacher-ckpt teacher.pth --out"
     assert run(script, command, "whole") == 0
-    with monkeypatch.context() as patch:
-        stop_in(patch, step)
-        assert run(script, command, "parts") == 128 + signal.SIGTERM
-    assert run(script, command, "parts", "--resume") == 0
-    assert same(weights("whole/student.pt"), weights("parts/student.pt"))
-    timeless = [[{k: v for k, v in x.items() if k not in TIMES} for x in lines(d)]
-                for d in ("whole", "parts")]  # fmt: skip
-    assert timeless[0] == timeless[1] and len(timeless[0]) == 2
-    if script == "dcd":
-        heads = [torch.load(f"{d}/last.pt", weights_only=True)["state"]["helpers"]
-                 for d in ("whole", "parts")]  # fmt: skip
-        assert same(*heads) and "dcd.tau" in heads[0]
+    for step in (2, 3):
+        parts = f"parts{step}"
+        with monkeypatch.context() as patch:
+            stop_in(patch, step)
+            assert run(script, command, parts) == 128 + signal.SIGTERM
+        assert run(script, command, parts, "--resume") == 0
+        assert same(weights("whole/student.pt"), weights(f"{parts}/student.pt"))
+        timeless = [[{k: v for k, v in x.items() if k not in TIMES} for x in lines(d)]
+                    for d in ("whole", parts)]  # fmt: skip
+        assert timeless[0] == timeless[1] and len(timeless[0]) == 2
+        if script == "dcd":
+            heads = [torch.load(f"{d}/last.pt", weights_only=True)["state"]["helpers"]
+                     for d in ("whole", parts)]  # fmt: skip
+            assert same(*heads) and "dcd.tau" in heads[0]
 
 
 def test_a_teacher_serves_every_script_and_that_is_said(cwd, capsys):

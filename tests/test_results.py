@@ -174,6 +174,8 @@ def test_default_weights_and_printed_sizes_are_those_measured():
     assert all(4 <= term <= 6 for term in relations.values()), relations
     assert default["sp"] == pytest.approx(0.0015, rel=0.1)
     assert default["intra"] == pytest.approx(0.005, rel=0.1)
+    assert sizes["MobileNetV2"]["sp"] == pytest.approx(0.004, rel=0.05)
+    assert sizes["MobileNetV2"]["intra"] == pytest.approx(0.17, rel=0.05)
     assert default["at 32x32"] == pytest.approx(3e-4, rel=0.2)
     assert default["at 8x8"] == pytest.approx(1e-2, rel=0.2)
     assert all(0.0049 <= of["cc"] <= 0.06 for of in sizes.values())

@@ -20,6 +20,7 @@ from helpers import (
     ROOT,
     TIMES,
     WIDE,
+    forked,
     lines,
     make_bad_files,
     result,
@@ -32,7 +33,7 @@ from helpers import (
 import common
 import nd
 
-pytestmark = pytest.mark.usefixtures("small_test_split")
+pytestmark = pytest.mark.usefixtures("few_shapes")
 
 
 def run(command, *more):
@@ -198,11 +199,11 @@ def test_schedule_at_240_epochs_is_the_published_one(cwd, monkeypatch, any_teach
     monkeypatch.setattr(nd.Run, "_save", lambda *a: None)
     monkeypatch.setattr(nd.Run, "_write_metrics", lambda *a: None)
     monkeypatch.setattr(nd.Meter, "report", lambda *a: None)
-    batch = (torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))
-    monkeypatch.setattr(common.Data, "batches", lambda *a, **k: iter([batch] * 2))
-    monkeypatch.setattr(common.Data, "steps", lambda *a: 2)
+    batch = (torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))
+    monkeypatch.setattr(common.Data, "batches", lambda *a, **k: iter([batch]))
+    monkeypatch.setattr(common.Data, "steps", lambda *a: 1)
     assert run(f"{QUICK} --epochs 240 --teacher-ckpt teacher.pth --nd-weight 0 --out o") == 0
-    assert len(seen) == 480
+    assert len(seen) == 240
     for epoch, lr, warm_up in seen:
         drops = (epoch >= 150) + (epoch >= 180) + (epoch >= 210)
         assert lr == pytest.approx(0.1 * 0.1**drops) and warm_up == min(1, epoch / 20)
@@ -314,34 +315,28 @@ def test_a_torchvision_pair(cwd, any_teacher_passes):
 # --- stopping and going on -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
-def test_resume_equals_uninterrupted(cwd, monkeypatch, step, any_teacher_passes):
+def test_resume_equals_uninterrupted(cwd, monkeypatch, any_teacher_passes):
     """With a projector, so that its dropout needs the random state. Stops in every epoch."""
-    teacher_file()
+    teacher_file(name="wrn_16_2")
     command = f"{WIDE} --epochs 3 --teacher-ckpt teacher.pth --out"
     assert run(command, "whole") == 0
-    with monkeypatch.context() as patch:
-        stop_in(patch, step)
-        assert run(command, "parts") == 128 + signal.SIGTERM
-    assert not Path("parts/result.json").exists()
-    torch.load("parts/last.pt", weights_only=True)
-    assert run(command, "parts", "--resume") == 0
-    assert same(weights("whole/student.pt"), weights("parts/student.pt"))
-    losses = [
-        [
-            {k: v for k, v in json.loads(line).items() if k not in TIMES}
-            for line in open(f"{d}/metrics.jsonl")
-        ]
-        for d in ("whole", "parts")
-    ]
-    assert losses[0] == losses[1] and len(losses[0]) == 3
-    assert not list(Path("parts").glob("*.tmp"))
-    assert run(command, "parts", "--resume") == 0  # nothing left to do
-    assert same(weights("whole/student.pt"), weights("parts/student.pt"))
+    for step in (1, 2, 3, 4, 5):
+        parts = f"parts{step}"
+        with monkeypatch.context() as patch:
+            stop_in(patch, step)
+            assert run(command, parts) == 128 + signal.SIGTERM
+        assert not Path(f"{parts}/result.json").exists()
+        torch.load(f"{parts}/last.pt", weights_only=True)
+        assert run(command, parts, "--resume") == 0
+        assert same(weights("whole/student.pt"), weights(f"{parts}/student.pt"))
+        assert timeless_lines("whole") == timeless_lines(parts) and len(lines(parts)) == 3
+        assert not list(Path(parts).glob("*.tmp"))
+    assert run(command, parts, "--resume") == 0  # nothing left to do
+    assert same(weights("whole/student.pt"), weights(f"{parts}/student.pt"))
 
 
 def test_a_stop_within_an_epoch_saves_the_step(cwd, monkeypatch, capsys, any_teacher_passes):
-    teacher_file()
+    teacher_file(name="wrn_16_2")
     command = f"{WIDE} --epochs 2 --batch-size 8 --teacher-ckpt teacher.pth --out"
     assert run(command, "whole") == 0
     with monkeypatch.context() as patch:
@@ -379,50 +374,48 @@ def test_a_second_signal_does_not_wait(cwd, monkeypatch, any_teacher_passes):
     assert torch.load("o/last.pt", weights_only=True)["step"] == 0
 
 
-@pytest.mark.parametrize("damage", ["torn", "bit", "gone"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    cwd, monkeypatch, capsys, damage, any_teacher_passes
+    cwd, monkeypatch, capsys, any_teacher_passes
 ):
-    teacher_file()
+    teacher_file(name="wrn_16_2")
     command = f"{WIDE} --epochs 3 --teacher-ckpt teacher.pth --out"
     assert run(command, "whole") == 0 and not Path("whole/previous.pt").exists()
+    for damage in ("torn", "bit", "gone"):
+        with monkeypatch.context() as patch:
+            stop_in(patch, 5)  # in the third epoch
+            assert run(command, damage) == 143
+        last = Path(damage, "last.pt")
+        content = bytearray(last.read_bytes())
+        content[len(content) // 2] ^= 1
+        if damage == "gone":
+            last.unlink()
+        else:
+            last.write_bytes(content if damage == "bit" else content[:5000])
+        assert run(command, damage, "--resume") == 0
+        assert f"going on from {damage}/previous.pt" in capsys.readouterr().err
+        assert same(weights("whole/student.pt"), weights(f"{damage}/student.pt"))
+        assert timeless_lines("whole") == timeless_lines(damage)
+
+
+def test_save_minutes_and_a_kill_within_an_epoch(cwd, monkeypatch, any_teacher_passes):
+    """A process killed without warning after a save in the middle of an epoch."""
+    teacher_file(name="wrn_16_2")
+    command = f"{WIDE} --teacher-ckpt teacher.pth --epochs 2 --batch-size 8 --save-minutes 1e-9"
+    save = common.Run._save
+
+    def killed(self, objects, step=0, meter=None):
+        save(self, objects, step, meter)
+        if (len(self.history), step) == (1, 3):
+            os.kill(os.getpid(), signal.SIGKILL)
+
     with monkeypatch.context() as patch:
-        stop_in(patch, 5)  # in the third epoch
-        assert run(command, "parts") == 143
-    last = Path("parts/last.pt")
-    content = bytearray(last.read_bytes())
-    content[len(content) // 2] ^= 1
-    if damage == "gone":
-        last.unlink()
-    else:
-        last.write_bytes(content if damage == "bit" else content[:5000])
-    assert run(command, "parts", "--resume") == 0
-    assert "going on from parts/previous.pt" in capsys.readouterr().err
-    assert same(weights("whole/student.pt"), weights("parts/student.pt"))
-    assert timeless_lines("whole") == timeless_lines("parts")
-
-
-def test_save_minutes_and_a_kill_within_an_epoch(cwd):
-    """In a real process, killed without warning after a save in the middle of an epoch."""
-    teacher_file()
-    script = "import common, nd, os, sys; common.near_chance = lambda *a: False\n"
-    script += "save = common.Run._save\n"
-    script += "def killed(self, objects, step=0, meter=None):\n"
-    script += "    save(self, objects, step, meter)\n"
-    script += "    if (len(self.history), step) == (1, 3): os.kill(os.getpid(), 9)\n"
-    script += "if sys.argv[-1] != '--resume': common.Run._save = killed\n"
-    script += "sys.exit(common.run_program(nd.program))"
-    command = [sys.executable, "-c", script, *shlex.split(WIDE), "--teacher-ckpt", "teacher.pth"]
-    command += "--epochs 2 --batch-size 8 --save-minutes 1e-9 --out o".split()
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    killed = subprocess.run(command, env=environment, capture_output=True)
-    assert killed.returncode == -9
+        patch.setattr(common.Run, "_save", killed)
+        process = forked(nd.program, f"{command} --out o")
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert torch.load("o/last.pt", weights_only=True)["step"] == 3
-    subprocess.run([*command, "--resume"], env=environment, check=True, capture_output=True)
-    whole = [word if word != "o" else "whole" for word in command]
-    script = script.replace("if sys.argv[-1] != '--resume': common.Run._save = killed", "")
-    whole[2] = script
-    subprocess.run(whole, env=environment, check=True, capture_output=True)
+    assert run(command, "--out", "o", "--resume") == 0
+    assert run(command, "--out", "whole") == 0
     assert same(weights("whole/student.pt"), weights("o/student.pt"))
 
 
@@ -498,26 +491,18 @@ def test_a_stop_while_the_teacher_trains(cwd, monkeypatch):
     assert same(weights("whole/student.pt"), weights("parts/student.pt"))
 
 
-def test_kill_and_resume_in_a_real_process(cwd):
+def test_a_kill_at_any_moment(cwd, any_teacher_passes):
     teacher_file()
-    script = "import common, nd, sys; common.near_chance = lambda *a: False;"
-    script += "sys.exit(common.run_program(nd.program))"
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    command = [sys.executable, "-c", script, *shlex.split(QUICK), "--teacher-ckpt", "teacher.pth"]
-    command += ["--epochs", "4", "--out"]
-    subprocess.run([*command, "whole"], env=environment, check=True, capture_output=True)
-    process = subprocess.Popen(
-        [*command, "parts"], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if line.startswith("epoch   2/4"):
-            break
+    command = f"{QUICK} --teacher-ckpt teacher.pth --epochs 6 --out"
+    process = forked(nd.program, f"{command} parts")
+    metrics = Path("parts/metrics.jsonl")
+    while process.is_alive() and not (metrics.exists() and len(lines("parts")) >= 2):
+        time.sleep(0.01)
     process.kill()
-    process.wait()
-    assert not Path("parts/result.json").exists()
-    subprocess.run(
-        [*command, "parts", "--resume"], env=environment, check=True, capture_output=True
-    )
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not Path("parts/result.json").exists()
+    assert run(command, "parts", "--resume") == 0
+    assert run(command, "whole") == 0
     assert same(weights("whole/student.pt"), weights("parts/student.pt"))
 
 

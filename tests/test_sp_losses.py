@@ -291,6 +291,24 @@ def test_another_batch_is_refused(name):
         LOSSES[name][0](s, t[:1])
 
 
+@pytest.mark.parametrize("name", ["intra", "at"])
+def test_maps_without_places_are_refused(name):
+    s, t = maps()
+    for change in (lambda x: x.flatten(2), lambda x: x[:, :, 0, 0]):
+        with pytest.raises(ValueError, match="must be .B,C,H,W."):
+            LOSSES[name][0](change(s), change(t))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_teacher_under_inference_mode(name):
+    s, t = maps()
+    with torch.inference_mode():
+        t = t.float() + 0
+    s = s.float().requires_grad_()
+    LOSSES[name][0](s, t).backward()
+    assert t.is_inference() and s.grad.abs().sum() > 0
+
+
 def test_the_block_runs_alone():
     """Pasted into a file with only torch in scope, the block defines every loss and computes."""
     block = re.search(r"# --- copy from here.*?# --- to here", Path(sp.__file__).read_text(), re.S)
