@@ -110,6 +110,14 @@ def _unit(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
     return x / norm.masked_fill(norm < 1e-7, float("inf"))
 
 
+def _rows(student_emb: torch.Tensor, teacher_emb: torch.Tensor) -> list[torch.Tensor]:
+    """Both as [B,D], the teacher's without gradient. ValueError: not of one shape."""
+    s, t = _full(student_emb).flatten(1), _full(teacher_emb.detach()).flatten(1)
+    if s.shape != t.shape:  # else they would broadcast to a wrong loss
+        raise ValueError(f"embeddings {tuple(s.shape)} and {tuple(t.shape)}: project the student's")
+    return [s, t]
+
+
 def nd_loss(
     student_emb: torch.Tensor,
     teacher_emb: torch.Tensor,
@@ -118,14 +126,16 @@ def nd_loss(
 ) -> torch.Tensor:
     """Norm and direction: mean of 1 - s.e_y / max(|s|, |t|), from 0 to 2.
 
-    student_emb, teacher_emb [B,D]: inputs of the classifiers, the student's after a projector if
-    the widths differ. class_means [K,D]: the teacher's; only their direction counts. labels [B].
-    Usual weight 1 (paper: 0.5 to 4): ND is at most 2, where CE starts at a few nats.
+    student_emb, teacher_emb [B,D] (or [B,D,1,1]): inputs of the classifiers. If the widths differ,
+    the student's after a projector trained with it: BatchNorm1d, Dropout(0.5), Linear.
+    class_means [K,D]: the teacher's mean embedding of each class, in eval mode, over the training
+    set; only their direction counts. labels [B].
+    Usual weight 1 (paper: 0.5 to 4). ValueError: embeddings of different shape.
     While |s| < |t| the gradient is -e_y / |t|: a step adds a multiple of e_y to s, which turns it
-    and, once within 90 degrees of e_y, lengthens it. Beyond |t| it only turns. 0 where s points
-    along e_y with |s| >= |t|. Source: arXiv 2305.17007.
+    and, once within 90 degrees of e_y, lengthens it. Beyond |t| it only turns. The loss is 0 where
+    s points along e_y and is no shorter than t. Source: arXiv 2305.17007.
     """
-    s, t = _full(student_emb), _full(teacher_emb.detach())  # [B,D]
+    s, t = _rows(student_emb, teacher_emb)  # [B,D]
     e = _unit(_full(class_means.detach()))[labels]  # e_y = c_y / |c_y|  [B,D]
     longer = torch.maximum(s.norm(dim=1), t.norm(dim=1))  # max(|s|, |t|)  [B]
     longer = longer.masked_fill(longer < 1e-7, float("inf"))  # both zero: nothing to learn from
@@ -150,7 +160,9 @@ class ReviewKD(torch.nn.Module):
 
     student_channels, teacher_channels: widths of the levels, shallow to deep. Each level: a 1x1
     convolution to `mid_channels`; at all but the deepest, add the deeper level's result, the two
-    weighted by a sigmoid gate each; a 3x3 convolution to the teacher's width. arXiv 2104.09044.
+    weighted by a sigmoid gate each; a 3x3 convolution to the teacher's width. Published levels: the
+    stage outputs, the student's after and the teacher's before their last ReLU, and as the deepest
+    the embedding as [B,D,1,1], for which training needs B >= 2. Source: arXiv 2104.09044.
     """
 
     def __init__(self, student_channels: list[int], teacher_channels: list[int], mid_channels: int):
@@ -170,6 +182,10 @@ class ReviewKD(torch.nn.Module):
         self, student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor]
     ) -> list[torch.Tensor]:
         """Each level: student map [B,Cs,h,w] -> [B,Ct,H,W]; the teacher's maps give only H, W."""
+        if not len(student_maps) == len(teacher_maps) == len(self.inward):
+            raise ValueError(
+                f"{len(student_maps)} and {len(teacher_maps)} maps, one a level needed"
+            )
         results, deeper = [], None
         for level in reversed(range(len(student_maps))):
             x = self.inward[level](student_maps[level])
@@ -193,7 +209,7 @@ def hcl_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor])
     total = 0.0
     for s, t in zip(student_maps, teacher_maps, strict=True):
         s, t = _full(s), _full(t.detach())
-        loss, weight_sum, scale = F.mse_loss(s, t), 1.0, 1.0
+        loss, weight_sum, scale = (s - t).square().mean(), 1.0, 1.0
         for size in (4, 2, 1):
             if size < s.shape[-2]:
                 scale /= 2

@@ -119,8 +119,8 @@ def nd_loss(
 
     student_emb, teacher_emb [B,D] (or [B,D,1,1]): inputs of the classifiers. If the widths differ,
     the student's after a projector trained with it: BatchNorm1d, Dropout(0.5), Linear.
-    class_means [K,D]: mean of the teacher's embeddings of each class, in eval mode, over the
-    training set (compute_class_means below); only their direction counts. labels [B].
+    class_means [K,D]: the teacher's mean embedding of each class, in eval mode, over the training
+    set; only their direction counts. labels [B].
     Usual weight 1 (paper: 0.5 to 4). ValueError: embeddings of different shape.
     While |s| < |t| the gradient is -e_y / |t|: a step adds a multiple of e_y to s, which turns it
     and, once within 90 degrees of e_y, lengthens it. Beyond |t| it only turns. The loss is 0 where
@@ -285,6 +285,7 @@ def hcl_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor])
 
 
 # --- to here ----------------------------------------------------------------------------------
+# For nd_loss and direction_loss also take the class means, below.
 
 
 @torch.no_grad()

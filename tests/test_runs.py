@@ -316,11 +316,11 @@ def test_a_torchvision_pair(cwd, any_teacher_passes):
 
 
 def test_resume_equals_uninterrupted(cwd, monkeypatch, any_teacher_passes):
-    """With a projector, so that its dropout needs the random state. Stops in every epoch."""
+    """With a projector, so that its dropout needs the random state. Within and between epochs."""
     teacher_file(name="wrn_16_2")
     command = f"{WIDE} --epochs 3 --teacher-ckpt teacher.pth --out"
     assert run(command, "whole") == 0
-    for step in (1, 2, 3, 4, 5):
+    for step in (1, 4, 5):
         parts = f"parts{step}"
         with monkeypatch.context() as patch:
             stop_in(patch, step)
