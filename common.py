@@ -68,16 +68,17 @@ class Stopped(BaseException):
 class _Signals:
     """A signal stops the program at once; between Run.steps and Run.end_epoch, after the next save.
 
-    A second signal does not wait.
+    A second signal, later than a second (schedulers may deliver one stop twice), does not wait.
     """
 
-    wait, pending = False, None
+    wait, pending, since = False, None, 0.0
 
 
 def _on_signal(number, _frame):
-    if not _Signals.wait or _Signals.pending:
+    if not _Signals.wait or (_Signals.pending and time.monotonic() - _Signals.since > 1):
         raise Stopped(number)
-    _Signals.pending = number
+    if not _Signals.pending:
+        _Signals.pending, _Signals.since = number, time.monotonic()
 
 
 def run_program(program, argv: list[str] | None = None) -> int:
@@ -108,9 +109,12 @@ def run_program(program, argv: list[str] | None = None) -> int:
             if rank() == 0:
                 print("another process has stopped, and so all; --resume goes on", file=sys.stderr)
             return 1
-        if "allocate memory" not in str(error):
+        if "does not have a deterministic implementation" in str(error):
+            message = f"--deterministic: {str(error).split(' ')[0]} has no such form on this GPU"
+        elif "allocate memory" not in str(error):
             raise
-        message = "out of memory: lower --batch-size, --train-size or --image-size"
+        else:
+            message = "out of memory: lower --batch-size, --train-size or --image-size"
     except Stopped as stop:
         if rank() == 0:
             print(f"\nstopped by signal {stop.args[0]}; --resume goes on", file=sys.stderr)
@@ -165,7 +169,10 @@ def _processes():
         return
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if 1 < gpus < here:  # with one, every process may have been given its own
+            raise UserError(f"torchrun: {here} processes for {gpus} GPUs; --nproc_per_node={gpus}")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
         backend = "cpu:gloo,cuda:nccl"
     # One process may load data for hours while the others wait; torchrun ends all if one dies.
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
@@ -1147,12 +1154,12 @@ def _chosen(args, train, test, num_classes):
     place[by_class] = torch.cat([torch.arange(n) for n in counts])
     from_end[by_class] = torch.cat([torch.arange(n).flip(0) for n in counts])
     order = torch.argsort(place, stable=True)  # one of each class, then another of each, ...
-    if args.val_size:  # from the other end: what --train-size takes stays the same
-        most = len(labels) - num_classes
-        _check_count("--val-size", args.val_size, num_classes, most, "all but one a class")
+    if args.val_size:  # from the other end of each class, and half of it at most
         kept_out = torch.argsort(from_end, stable=True)
-        kept_out = kept_out[place[kept_out] > 0][: args.val_size]
-        test, order = _part(train, kept_out), order[~torch.isin(order, kept_out)]
+        kept_out = kept_out[(place > from_end)[kept_out]]
+        _check_count("--val-size", args.val_size, num_classes, len(kept_out), "half of each class")
+        test = _part(train, kept_out[: args.val_size])
+        order = order[~torch.isin(order, kept_out[: args.val_size])]
     if args.train_size:
         _check_count("--train-size", args.train_size, num_classes, len(order), "all")
         order = order[: args.train_size]
@@ -1455,7 +1462,7 @@ def kept(path: Path, made_by: dict, compute, together: bool = True):
 
 
 # Arguments that may differ between a run and its resumption: they do not change what is computed.
-FREE = {"resume", "out", "device", "workers", "compile", "compare", "seeds", "eval", "data_dir"}
+FREE = {"resume", "out", "device", "workers", "compare", "seeds", "eval", "data_dir"}
 FREE |= {"script", "method", "plot", "save_minutes", "tensorboard"}
 FREE |= {"per_class", "predict", "train_teacher"}
 FREE |= {"teacher_ckpt", "student_ckpt", "pretrained_teacher"}  # weights are compared by their hash
@@ -1464,6 +1471,11 @@ FREE |= {"teacher_ckpt", "student_ckpt", "pretrained_teacher"}  # weights are co
 def lasting(args) -> dict:
     """The arguments that decide what a run computes."""
     return {k: v for k, v in vars(args).items() if k not in FREE}
+
+
+def _changed(saved: dict, wanted: dict) -> list[str]:
+    """Names of the arguments that differ; a flag that did not exist yet was not given."""
+    return [k for k, v in wanted.items() if (saved[k] != v if k in saved else v)]
 
 
 FILES = ("last.pt", "metrics.jsonl", "result.json", "student.pt")
@@ -1481,6 +1493,7 @@ class Run:
     def __init__(self, args):
         self.args, self.dir, self.history = args, Path(args.out), []
         self.last, self.saved, self.done = self.dir / "last.pt", None, None
+        self.damaged = False  # last.pt is, and previous.pt all there is
         self.previous, self.step = self.dir / "previous.pt", 0  # steps done in this epoch
         self.last_save = time.monotonic()
         self.on_gpu = pick_device(args.device).type == "cuda"
@@ -1497,7 +1510,7 @@ class Run:
         if args.resume and (self.last.exists() or self.previous.exists()):
             self.saved = self._read()
             saved, wanted = self.saved["args"], lasting(args)
-            changed = [k for k in wanted if saved.get(k) != wanted[k]]
+            changed = _changed(saved, wanted)
             if changed:
                 was = ", ".join(f"{flag(k)} {saved.get(k)}" for k in changed)
                 raise UserError(f"--resume: {self.dir} was started with {was}; give the same again")
@@ -1582,6 +1595,7 @@ class Run:
                 raise
             saved = _read_last(self.previous)
             print(f"note: {error}; going on from {self.previous}", file=sys.stderr)
+            self.damaged = True
             return saved
 
     def _save(self, objects, step=0, meter=None):
@@ -1604,9 +1618,10 @@ class Run:
         if rank() > 0:
             return
         state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in objects.items()}
-        with contextlib.suppress(OSError):  # no file yet, or a disk without links
-            self.previous.unlink(missing_ok=True)
-            os.link(self.last, self.previous)
+        if not self.damaged:
+            with contextlib.suppress(OSError):  # no file yet, or a disk without links
+                self.previous.unlink(missing_ok=True)
+                os.link(self.last, self.previous)
         save_whole(
             self.last,
             {
@@ -1618,6 +1633,7 @@ class Run:
                 "ranks": ranks,
             },
         )
+        self.damaged = False
 
     def steps(self, batches, steps: int, meter, objects: dict):
         """Number and batch of each step of an epoch, of which `self.step` are already done.
@@ -1717,6 +1733,8 @@ class Run:
             },
             "device": device_name(args.device),
         }
+        if self.on_gpu:
+            result["tf32"] = torch.backends.cudnn.allow_tf32  # of convolutions, under fp32
         if rank() == 0:
             weights = {k: v.cpu() for k, v in student.state_dict().items()}
             self._write_metrics()  # again: a stop may have come between last.pt and it
@@ -1806,8 +1824,10 @@ class Meter:
     def state(self) -> dict:
         """All of it, for a checkpoint within an epoch."""
         seconds = time.perf_counter() - self.start
-        kept = ("images", "sums", "bad", "names")
-        return {"seconds": seconds} | {name: getattr(self, name) for name in kept}
+        kept = {name: getattr(self, name) for name in ("images", "sums", "bad", "names")}
+        # On the CPU: else every process would open all GPUs to read what the others have.
+        kept = {k: v.cpu() if torch.is_tensor(v) else v for k, v in kept.items()}
+        return {"seconds": seconds} | kept
 
     def restore(self, state: dict, device) -> None:
         for name in ("images", "sums", "bad", "names"):
@@ -2063,10 +2083,12 @@ def _teacher_args(args, data):
 
 def _resumed_if_begun(args, data):
     """Go on with a teacher that was stopped half-way."""
-    with contextlib.suppress(UserError):
-        last = _read_last(Path(args.out) / "last.pt")
-        same_data = last["state"].get("data") == data.fingerprint
-        args.resume = same_data and last["args"] == lasting(args)
+    for name in ("last.pt", "previous.pt"):
+        with contextlib.suppress(UserError):
+            last = _read_last(Path(args.out) / name)
+            same_data = last["state"].get("data") == data.fingerprint
+            args.resume = same_data and not _changed(last["args"], lasting(args))
+            break
     return args
 
 
@@ -2225,10 +2247,10 @@ def _readable(samples, workers):
 
 
 def _ignore_signals(_worker):
-    """The program itself deals with a signal, and ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+    """The program itself deals with a signal, which may reach all processes of a job. Its workers
+    end when it tells them to, or when they find it gone."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def load_detection_data(args, device) -> DetectionData:
@@ -2907,7 +2929,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=seed, nargs="+", metavar="N", help="run each, print mean and spread")
     add("--compare", action="store_true", help="train the baselines too: CE alone, KD")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: faster where the"
-        " processor has it; losses stay in fp32 (fp32)")  # fmt: skip
+        " processor has it; losses stay in fp32 (fp32; on GPUs convolutions in TF32)")  # fmt: skip
     add(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -3037,9 +3059,10 @@ def table(results: list[dict]) -> str:
         without = FREE | {"seed"}
         if r.get("world_size", 1) == 1:
             without |= {"gather"}  # it means nothing there
+        processes = {} if r.get("world_size", 1) == 1 else {"world_size": r["world_size"]}
         # None: not asked for, as before the flag existed.
         args = {k: v for k, v in r.get("args", {}).items() if v is not None}
-        settings = {k: v for k, v in args.items() if k not in without}
+        settings = {k: v for k, v in args.items() if k not in without} | processes
         group = groups.setdefault((*key, json.dumps(settings, sort_keys=True)), {})
         # A run given twice counts once.
         group[r.get("seed", len(group))] = r[f"student_{kind}"], r[f"teacher_{kind}"]
@@ -3053,19 +3076,20 @@ def table(results: list[dict]) -> str:
         others = [json.loads(other[-1]) for other in groups if other[:6] == key[:6]]
         differs = [k for k in mine if any(mine[k] != other.get(k) for other in others)]
         name = " ".join([key[5], *(f"{flag(k)} {mine[k]}" for k in differs)])
-        rows.append(((*key[:5], name), values, teachers, mean, spread))
+        rows.append(((*key[:5], name, *key[6:8]), values, teachers, mean, spread))
     lines = ["| data, images, epochs | teacher | student | method | n | "]
     lines[0] += f"{score} | lowest, highest | not apart from |"
     lines.append("|---|---|---|---|---|---|---|---|")
     for key, values, teachers, mean, spread in rows:
-        dataset, images, epochs, teacher, student, method = key
+        dataset, images, epochs, teacher, student, method, *hashes = key
         figure, near = f"{mean:.2f}", ["one run"]
         if spread is not None:
             figure += f" ± {spread:.2f}"
             near = [
                 other[5]
                 for other, _, _, its_mean, its_spread in rows
-                if other[:5] == key[:5] and other != key and its_spread is not None
+                if other[:5] == key[:5] and list(other[6:]) == hashes  # the same images and teacher
+                if other != key and its_spread is not None
                 if abs(mean - its_mean) <= max(spread, its_spread)
             ]
         source = f"{teacher} ({sum(teachers) / len(teachers):.2f})" if teacher else "none"

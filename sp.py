@@ -174,8 +174,9 @@ def _same_size(student_map: torch.Tensor, teacher_map: torch.Tensor) -> list[tor
     """Both [B,C,H,W] averaged down to the smaller height and width of the two."""
     if not student_map.dim() == teacher_map.dim() == 4:
         raise ValueError("maps must be [B,C,H,W]; tokens [B,N,C]: transpose, and split N into H, W")
-    size = [min(pair) for pair in zip(student_map.shape[-2:], teacher_map.shape[-2:])]
-    return [F.adaptive_avg_pool2d(_full(x), size) for x in (student_map, teacher_map.detach())]
+    size = tuple(min(pair) for pair in zip(student_map.shape[-2:], teacher_map.shape[-2:]))
+    both = _full(student_map), _full(teacher_map.detach())
+    return [x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size) for x in both]
 
 
 def intra_loss(student_map: torch.Tensor, teacher_map: torch.Tensor) -> torch.Tensor:

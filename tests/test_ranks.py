@@ -184,6 +184,15 @@ def test_another_number_of_processes_may_not_resume(alone, capsys, monkeypatch):
     assert "was started with 2 processes, here are 1" in capsys.readouterr().err
 
 
+def test_more_processes_than_gpus(monkeypatch, capsys):
+    for name, value in (("WORLD_SIZE", 4), ("LOCAL_WORLD_SIZE", 4), ("LOCAL_RANK", 3)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert common.run_program(sp.program, ["--help"]) == 2
+    assert "4 processes for 2 GPUs; --nproc_per_node=2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("wrong", ["--batch-size 3", "--epochs 0", "--teacher-ckpt absent.pth"])
 def test_bad_input_is_one_line_whatever_the_number_of_processes(tmp_path, wrong):
     statuses, errors = finish(pair(sp.program, [*SCRIPT, *wrong.split()], tmp_path), tmp_path)

@@ -364,6 +364,8 @@ def test_a_second_signal_does_not_wait(cwd, monkeypatch, any_teacher_passes):
 
     def twice(self, *a):
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # the same stop, delivered twice
+        common._Signals.since -= 2
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("went on after the second signal")
         add(self, *a)
@@ -395,6 +397,61 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
         assert f"going on from {damage}/previous.pt" in capsys.readouterr().err
         assert same(weights("whole/student.pt"), weights(f"{damage}/student.pt"))
         assert timeless_lines("whole") == timeless_lines(damage)
+
+
+def test_the_one_good_checkpoint_outlives_a_failing_save(
+    cwd, monkeypatch, capsys, any_teacher_passes
+):
+    """last.pt is damaged; going on from previous.pt, the disk is full."""
+    teacher_file()
+    command = f"{QUICK} --epochs 3 --teacher-ckpt teacher.pth --out"
+    assert run(command, "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_in(patch, 5)
+        assert run(command, "parts") == 143
+    Path("parts/last.pt").write_bytes(b"damaged")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "save_whole", full)
+        assert run(command, "parts", "--resume") == 2
+    assert "No space left" in capsys.readouterr().err
+    assert run(command, "parts", "--resume") == 0
+    assert same(weights("whole/student.pt"), weights("parts/student.pt"))
+
+
+def test_a_begun_teacher_goes_on_from_the_checkpoint_before(cwd, monkeypatch):
+    command = f"{QUICK} --epochs 3 --out"
+    assert run(command, "whole") == 0
+    (cwd / "checkpoints").rename(cwd / "checkpoints1")
+    (cwd / "runs").rename(cwd / "runs1")
+    with monkeypatch.context() as patch:
+        stop_in(patch, 5)
+        assert run(command, "parts") == 143
+    folder = Path("runs/teacher-shapes-resnet8")
+    saved = torch.load(folder / "previous.pt", weights_only=True)
+    del saved["args"]["val_size"]  # as a program before that flag wrote it
+    torch.save(saved, folder / "previous.pt")
+    (folder / "last.pt").write_bytes(b"damaged")
+    with monkeypatch.context() as patch:
+        add, seen = common.Meter.add, []
+        patch.setattr(common.Meter, "add", lambda *a: seen.append(1) or add(*a))
+        assert run(command, "parts", "--resume") == 0
+    assert len(seen) == 2 + 6  # the teacher's last epoch, then the student
+    assert same(weights("checkpoints1/shapes_resnet8.pt"), weights("checkpoints/shapes_resnet8.pt"))
+
+
+def test_what_has_no_deterministic_form_is_named(cwd, monkeypatch, capsys, any_teacher_passes):
+    teacher_file()
+
+    def kernel(*_):
+        raise RuntimeError("some_backward_cuda does not have a deterministic implementation, but")
+
+    monkeypatch.setattr(nd, "kd_loss", kernel)
+    assert run(f"{QUICK} --teacher-ckpt teacher.pth --epochs 1 --out o") == 2
+    assert "error: --deterministic: some_backward_cuda has no such form" in capsys.readouterr().err
 
 
 def test_save_minutes_and_a_kill_within_an_epoch(cwd, monkeypatch, any_teacher_passes):

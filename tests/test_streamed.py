@@ -1,12 +1,16 @@
 """ImageNet's path: trees that are decoded in every pass, recipes, pretrained teachers."""
 
+import os
+import shlex
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import TIMES, lines, result, same, stop_in, weights
+from helpers import TIMES, forked, lines, result, same, stop_in, weights
 from PIL import Image
 
 import common
@@ -164,6 +168,38 @@ def test_every_script_runs_and_resumes_within_an_epoch(
     assert same(weights("a/student.pt"), weights("b/student.pt"))
     timeless = [[{k: v for k, v in x.items() if k not in TIMES} for x in lines(p)] for p in "ab"]
     assert timeless[0] == timeless[1]
+
+
+def test_a_signal_to_the_whole_job_saves(tree, monkeypatch, any_teacher_passes):
+    """Schedulers signal every process of a job, so the workers that decode too."""
+    command = [*QUICK, "--out"]
+    assert common.run_program(sp.program, [*command, "a"]) == 0
+    add = common.Meter.add
+
+    def job(argv):
+        os.setsid()  # a group of its own
+        sp.program(argv)
+
+    def signalled(self, *a):
+        if self.epoch == 1:
+            os.killpg(0, number)
+            time.sleep(0.3)  # for the workers to die, if they do
+        add(self, *a)
+
+    monkeypatch.setattr(common.Meter, "add", signalled)
+    number = signal.SIGHUP
+    before = signal.signal(number, signal.SIG_IGN)  # as under nohup
+    process = forked(job, shlex.join([*command, "b"]))
+    signal.signal(number, before)
+    process.join()
+    assert process.exitcode == 0 and same(weights("a/student.pt"), weights("b/student.pt"))
+    number = signal.SIGTERM
+    process = forked(job, shlex.join([*command, "c"]))
+    process.join()
+    assert process.exitcode == 143 and common.read_checkpoint("c/last.pt")["step"] == 1
+    monkeypatch.setattr(common.Meter, "add", add)
+    assert common.run_program(sp.program, [*command, "c", "--resume"]) == 0
+    assert same(weights("a/student.pt"), weights("c/student.pt"))
 
 
 def test_class_means_of_a_streamed_set(tree):
