@@ -26,9 +26,9 @@ def forget_loaded_data():
 
 @pytest.fixture
 def few_shapes(monkeypatch):
-    """The splits of `shapes` cut to 72 images: tests need no accuracy."""
+    """The splits of `shapes` cut to 72 images of half the size: tests need no accuracy."""
     draw = common.draw_shapes
-    monkeypatch.setattr(common, "draw_shapes", lambda n, s, size: draw(min(n, 72), s, size))
+    monkeypatch.setattr(common, "draw_shapes", lambda n, s, size: draw(min(n, 72), s, size // 2))
 
 
 @pytest.fixture

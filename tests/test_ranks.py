@@ -44,7 +44,8 @@ def child(rank, port, program, argv, cwd):
     sys.stdout, sys.stderr = (open(number, "w", buffering=1) for number in (1, 2))
     common._LOADED.clear()
     common._EVALUATED.clear()
-    ranks.few_shapes()
+    if program is not ranks.program:  # which sees to that itself
+        ranks.few_shapes()
     try:
         status = common.run_program(program, [str(a) for a in argv])
     except BaseException:

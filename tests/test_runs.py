@@ -604,7 +604,7 @@ def test_a_pair_that_does_not_fit_is_refused_before_the_teacher_is_trained(
     monkeypatch.setattr(common, "save_whole", lambda *a: pytest.fail("something was trained"))
     assert run(f"{QUICK} --epochs 1 --base reviewkd --student vgg8") == 2
     assert run(f"{QUICK} --epochs 1 --student alexnet") == 2
-    assert "alexnet does not take 32-pixel images" in capsys.readouterr().err
+    assert "alexnet does not take 16-pixel images" in capsys.readouterr().err
 
 
 def test_the_student_is_the_same_whether_the_teacher_was_there_or_not(cwd):
@@ -706,7 +706,7 @@ BAD = {  # arguments -> words of the error
     "--dataset folder --data-dir damaged": "0.png",
     "--dataset folder --data-dir classless": "empty",
     "--ce-weight 0 --kd-weight 0 --nd-weight 0": "--ce-weight 0",
-    "--student vit_b_16": "vit_b_16 does not take 32-pixel images",
+    "--student vit_b_16": "vit_b_16 does not take 16-pixel images",
     "--base reviewkd --student vgg8 --teacher-ckpt {good}": "--base reviewkd",
     "--device cuda": "--device cuda",
 }
