@@ -398,8 +398,8 @@ def main(args) -> dict:
         batches = data.batches("train", args.batch_size, **order)
         for step, (images, labels) in run.steps(batches, steps, meter, state):
             # [end]
-            # Schedule, written for the recipe's number of epochs and played faster or slower for
-            # another; `now` is which of them. Three drops, to a tenth each.
+            # Schedule, in epochs of the recipe's full length, whatever the run's: `now` is this
+            # step on that scale. Three drops, to a tenth each.
             now = recipe["epochs"] * (epoch * steps + step) // (args.epochs * steps)
             lr = args.lr / 10 ** sum(now >= drop for drop in recipe["drops"])
             for group in optimizer.param_groups:

@@ -878,8 +878,8 @@ def main(args) -> dict:
         batches = data.batches("train", args.batch_size, **order)
         for step, (images, labels) in run.steps(batches, steps, meter, state):
             # [end]
-            # Schedule, written for the recipe's number of epochs and played faster or slower for
-            # another; `now` is which of them. Paper: cosine, a step an epoch, towards a hundredth.
+            # Schedule, in epochs of the recipe's full length, whatever the run's: `now` is this
+            # step on that scale. Paper: cosine, a step an epoch, towards a hundredth.
             if args.recipe == "paper":
                 lr = args.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * epoch / args.epochs)) / 2)
             else:
