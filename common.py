@@ -2066,6 +2066,7 @@ TEACHER_KEEPS += (
     "gather",
     *TEACHER_OPTIMIZER,
 )
+TEACHER_KEEPS += ("save_minutes", "tensorboard")
 # What decides its weights, besides the data; kept in its checkpoint.
 TEACHER_RECIPE = ("student", "epochs", "seed", "precision", "image_size", "pretrained", "script")
 TEACHER_RECIPE += TEACHER_OPTIMIZER
@@ -2994,7 +2995,8 @@ def launch(main, args, baselines: dict, needed: tuple = ()) -> None:
     """Run `main(args)` for every seed and, with --compare, for every baseline; print the table.
 
     baselines: name -> the arguments that make it, such as {"ce": {"kd_weight": 0.0, ...}}; those
-    `needed` are run without --compare too. A baseline's folder is `<out>/<name>`, a seed's
+    `needed` are run without --compare too, and first. The others come after the method, so that
+    what does not fit it is found at once. A baseline's folder is `<out>/<name>`, a seed's
     `<out>/s<seed>` where --out is given.
     """
     if args.deterministic:
@@ -3005,13 +3007,15 @@ def launch(main, args, baselines: dict, needed: tuple = ()) -> None:
     _fill_image_size(args)
     if args.resume and args.eval:
         raise UserError("--resume and --eval: choose one")
+    if args.eval and (args.compare or args.seeds or getattr(args, "plot", None)):
+        raise UserError("--eval: leave --compare, --seeds and --plot out, nothing is trained")
     if args.eval:
         return print_top1(args)
     if args.teacher_ckpt and getattr(args, "pretrained_teacher", False):
         raise UserError("--teacher-ckpt and --pretrained-teacher: choose one")
     if args.teacher_ckpt:
         read_checkpoint(args.teacher_ckpt)  # fail before the data is read
-    results, runs = [], []
+    runs = []
     for seed in dict.fromkeys(args.seeds or [args.seed]):
         name = f"{args.script}-{args.teacher}-{args.student}-{args.dataset}-s{seed}"
         out = Path(args.out or f"runs/{name}")
@@ -3026,11 +3030,14 @@ def launch(main, args, baselines: dict, needed: tuple = ()) -> None:
         if not any(run["resume"] for run in runs):
             raise UserError(f"--resume: nothing to resume in {runs[-1]['out']}")
     wait_for_all()
-    for run in runs:
+    first = {baselines[name]["method"] for name in needed} | {args.method}
+    seeds = [run["seed"] for run in runs]
+    results = {}
+    for run in sorted(runs, key=lambda r: (seeds.index(r["seed"]), r["method"] not in first)):
         if len(runs) > 1:
             print(f"\n== {run['method']}, seed {run['seed']}: {run['out']}", flush=True)
-        results.append(main(argparse.Namespace(**run)))
-    print("\n" + table(results))
+        results[run["out"]] = main(argparse.Namespace(**run))
+    print("\n" + table([results[run["out"]] for run in runs]))
 
 
 def print_top1(args) -> None:

@@ -63,6 +63,7 @@ then weight decay alone move it. Both are logged: expect the scale to sit at 10.
 import argparse
 import contextlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -254,7 +255,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         " 120)")  # fmt: skip
     add("--teacher-epochs", type=positive_int, metavar="N", help="if it must be trained (--epochs)")
     add("--batch-size", type=positive_int, metavar="N", help="(64; 256)")
-    add("--teacher-lr", type=positive, metavar="X", help="of a teacher trained here (as --lr)")
+    add("--teacher-lr", type=positive, metavar="X", help="of a teacher trained here (the same"
+        " defaults; --lr does not change it)")  # fmt: skip
     add("--lr", type=positive, metavar="X", help="(0.05, MobileNet, ShuffleNet 0.01; 0.1)")
     add("--momentum", type=below_one, default=0.9, metavar="X", help="(0.9)")
     add("--nesterov", action=YesNo, default=False, help="Nesterov's form of it (no)")
@@ -288,6 +290,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         raise UserError("--batch-size 1: a relation needs two images or more")
     if not args.eval and not args.ce_weight and not args.kd_weight:
         raise UserError("--ce-weight 0: nothing else here trains the classifier")
+    if args.alpha != 0.5 and args.terms != "both":
+        raise UserError(f"--alpha: --terms {args.terms} has no second term to weigh; leave it")
     args.method = method_name(args)
     args.plot = ("correlation_gap.png", "embeddings.png") if args.plot else ()
     if args.plot:
@@ -303,8 +307,9 @@ def method_name(args) -> str:
 
 def prepare_transfer(args) -> None:
     """--dataset is what the networks were trained on; from here on it is the data of the probes."""
-    if args.compare or args.plot or args.eval:
-        raise UserError("--transfer: leave --compare, --plot and --eval out, they are for others")
+    for name in ("compare", "plot", "eval", "pretrained_teacher", "pretrained", "compile"):
+        if getattr(args, name):
+            raise UserError(f"--transfer: leave --{name.replace('_', '-')} out, it has no use here")
     if not args.transfer:
         raise UserError("--student-ckpt: only for --transfer NAME, which names the new data")
     if not args.student_ckpt:
@@ -312,7 +317,11 @@ def prepare_transfer(args) -> None:
     student = Path(args.student_ckpt)
     label, method = student.stem, student.stem
     if student.name == "student.pt" and student.parent.name:
-        label = student.parent.name  # a run's folder
+        folder = student.parent  # a run's; below it those of its seeds and baselines
+        label = folder.name
+        while re.fullmatch(r"ce|kd|s\d+", folder.name) and folder.parent.name:
+            folder = folder.parent
+            label = f"{folder.name}-{label}"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             method = json.loads((student.parent / "result.json").read_text())["method"]
     trained = Path(f"checkpoints/{args.dataset}_{args.teacher}.pt")

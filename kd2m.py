@@ -756,7 +756,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--epochs", type=positive_int, metavar="N", help="drops scale along (240; paper: 15)")
     add("--teacher-epochs", type=positive_int, metavar="N", help="if it must be trained (--epochs)")
     add("--batch-size", type=positive_int, metavar="N", help="(64; paper: 128)")
-    add("--teacher-lr", type=positive, metavar="X", help="of a teacher trained here (as --lr)")
+    add("--teacher-lr", type=positive, metavar="X", help="of a teacher trained here (the same"
+        " defaults; --lr does not change it)")  # fmt: skip
     add("--lr", type=positive, metavar="X", help="(0.05; MobileNet, ShuffleNet 0.01; paper: 0.01)")
     add("--momentum", type=below_one, default=0.9, metavar="X", help="(0.9)")
     add("--nesterov", action=YesNo, default=False, help="Nesterov's form of it (no)")
@@ -785,9 +786,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.nesterov = args.nesterov and args.momentum > 0
     if args.batch_size < 2:
         raise UserError("--batch-size 1: a distribution needs two images or more")
-    trained = args.ce_weight or args.kd_weight or (args.metric == "jw2_empirical" and args.beta)
-    if not (args.eval or args.bench_metrics or trained):
-        raise UserError("--ce-weight 0: nothing else here trains the classifier")
     if args.metric_weight is None:
         args.metric_weight = default_weight(args.metric, args.recipe, args.normalize_by_dim)
         if not args.eval and not args.bench_metrics:
@@ -795,6 +793,9 @@ def parse_args(argv=None) -> argparse.Namespace:
                 f"--metric-weight of {args.metric}: {args.metric_weight:g} (the default)",
                 flush=True,
             )
+    by_logits = args.metric == "jw2_empirical" and args.beta and args.metric_weight
+    if not (args.eval or args.bench_metrics or args.ce_weight or args.kd_weight or by_logits):
+        raise UserError("--ce-weight 0: nothing else here trains the classifier")
     args.method = method_name(args)
     args.plot = ("features.png", "curves.png") if args.plot else ()
     if args.plot:
@@ -955,7 +956,11 @@ def program(argv=None) -> None:
         if args.metric in ("w2_empirical", "cw2_empirical"):
             weight = args.metric_weight
         method = "mse+KD" if args.kd_weight else "mse"
-        baselines["mse"] = dict(method=method, metric="mse", metric_weight=weight)
+        # mse trains no classifier: where jw2_empirical alone did, CE does.
+        ce_weight = args.ce_weight if args.kd_weight else args.ce_weight or 1.0
+        baselines["mse"] = dict(
+            method=method, metric="mse", metric_weight=weight, ce_weight=ce_weight
+        )
     launch(main, args, baselines)
 
 

@@ -264,7 +264,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--epochs", type=positive_int, metavar="N", help="drops scale along (240; paper: 200)")
     add("--teacher-epochs", type=positive_int, metavar="N", help="if it must be trained (--epochs)")
     add("--batch-size", type=positive_int, metavar="N", help="(64; paper: 128)")
-    add("--teacher-lr", type=positive, metavar="X", help="of a teacher trained here (as --lr)")
+    add("--teacher-lr", type=positive, metavar="X", help="of a teacher trained here (the same"
+        " defaults; --lr does not change it)")  # fmt: skip
     add("--lr", type=positive, metavar="X", help="(0.05; MobileNet, ShuffleNet 0.01; paper: 0.1)")
     add("--momentum", type=below_one, default=0.9, metavar="X", help="(0.9)")
     add("--nesterov", action=YesNo, help="Nesterov's form of it (no; paper: yes)")
@@ -291,6 +292,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         raise UserError(
             f"--sp-weight-batch: {args.relation} does not fall with the batch; leave it"
         )
+    if args.sp_maps == "all" and args.relation == "cc":
+        raise UserError("--sp-maps: cc compares embeddings, not maps; leave it")
     if args.batch_size < 2:
         raise UserError("--batch-size 1: a relation needs two images or more")
     if not args.eval and not args.ce_weight and not args.kd_weight:

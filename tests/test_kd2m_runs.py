@@ -130,6 +130,18 @@ def test_different_widths(cwd, capsys, any_teacher_passes):
     assert result("o")["method"] == "gromov_w2" and not Path("o/mse").exists()
 
 
+def test_the_control_trains_its_classifier(capsys, monkeypatch):
+    """jw2_empirical trains one by the logits; mse would leave it as it was."""
+    seen = []
+    monkeypatch.setattr(kd2m, "launch", lambda main, args, baselines: seen.append(baselines["mse"]))
+    command = "--metric jw2_empirical --ce-weight 0"
+    assert run(command) == run(f"{command} --kd-weight 2") == run("--ce-weight 2") == 0
+    assert [control["ce_weight"] for control in seen] == [1.0, 0.0, 2.0]
+    for more in ("--metric-weight 0", "--beta 0"):
+        assert run(f"{command} {more}") == 2
+        assert "nothing else here trains the classifier" in capsys.readouterr().err
+
+
 def test_resume_equals_uninterrupted(cwd, monkeypatch, any_teacher_passes):
     """With a projector, and random lines that need the random state."""
     teacher_file(name="wrn_16_2")

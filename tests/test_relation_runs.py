@@ -463,6 +463,10 @@ def test_transfer_finds_the_teacher_and_resumes(cwd, monkeypatch, capsys):
     Path("a-run/result.json").write_text('{"method": "DCD+KD"}')
     assert run("dcd", command.replace("student.pt", "a-run/student.pt")) == 0
     assert result("runs/dcd-transfer-shapes-of-a-run-s0")["method"] == "probe of DCD+KD"
+    # below a run's folder: those of its seeds and baselines
+    for folder in ("a-run/s1", "a-run/s1/ce"):
+        args = dcd.parse_args(f"--transfer shapes --student-ckpt {folder}/student.pt".split())
+        assert args.out == f"runs/dcd-transfer-shapes-of-{folder.replace('/', '-')}-s0"
 
 
 # --- bad input -----------------------------------------------------------------------------------
@@ -478,6 +482,9 @@ BAD = {  # script and arguments -> words of the error
     "sp --relation at": "--relation",
     "sp --sp-weight-batch 0": "--sp-weight-batch",
     "sp --sp-weight-batch 64 --relation cc": "--sp-weight-batch",
+    "sp --sp-maps all --relation cc": "--sp-maps: cc compares embeddings",
+    "dcd --alpha 1 --terms contrastive": "--alpha: --terms contrastive has no second term",
+    "dcd --transfer shapes --student-ckpt chance.pth --pretrained-teacher": "--pretrained-teacher",
     "sp --relation intra --teacher resnet18": "--relation intra.*only one",
     "sp --at-weight 1 --student resnet18 --teacher resnet34": "--at-weight.*only one",
     "sp --recipe fast": "--recipe",

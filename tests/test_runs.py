@@ -587,7 +587,7 @@ def test_resume_of_several_runs(cwd, monkeypatch, capsys, any_teacher_passes):
     with monkeypatch.context() as patch:
         stop_in(patch, 4 + 3)  # in the second epoch of the second run
         assert run(command, "o") == 143
-    finished = Path("o/s0/ce/result.json")
+    finished = Path("o/s0/result.json")  # the method comes first
     stamp = finished.stat().st_mtime_ns
     assert run(command, "o", "--resume") == 0
     assert finished.stat().st_mtime_ns == stamp
@@ -605,6 +605,47 @@ def test_a_pair_that_does_not_fit_is_refused_before_the_teacher_is_trained(
     assert run(f"{QUICK} --epochs 1 --base reviewkd --student vgg8") == 2
     assert run(f"{QUICK} --epochs 1 --student alexnet") == 2
     assert "alexnet does not take 16-pixel images" in capsys.readouterr().err
+
+
+def test_a_pair_that_does_not_fit_is_refused_before_the_baselines_too(
+    cwd, capsys, any_teacher_passes
+):
+    teacher_file()
+    command = f"{QUICK} --epochs 1 --teacher-ckpt teacher.pth --out o --compare"
+    assert run(f"{command} --base reviewkd --student MobileNetV2") == 2
+    assert "stages" in capsys.readouterr().err and not list(Path("o").rglob("student.pt"))
+    assert run(f"{command} --seeds 3 1") == 0
+    text = capsys.readouterr().out
+    assert re.findall(r"^== (.*), seed (\d)", text, re.M) == [
+        (method, seed) for seed in "31" for method in ("KD++", "CE", "KD")
+    ]
+    assert re.findall(r"^\| .* \| (\S+) \| 2 \|", text, re.M) == ["CE", "KD", "KD++"]
+
+
+def test_the_teacher_is_saved_within_an_epoch_too(cwd, monkeypatch):
+    steps, save = [], common.Run._save
+
+    def spy(self, objects, step=0, meter=None):
+        steps.append((self.args.method, step))
+        save(self, objects, step, meter)
+
+    monkeypatch.setattr(common.Run, "_save", spy)
+    assert run(f"{QUICK} --epochs 1 --save-minutes 1e-9 --out o") == 0
+    assert ("teacher", 1) in steps and ("KD++", 1) in steps
+
+
+def test_weights_say_where_they_are_from(capsys):
+    for command, words in {
+        "": "(the paper's): kd_weight 1 nd_weight 2",
+        "--base dkd --teacher resnet34 --student resnet18": "so those of resnet56 resnet20",
+        "--dataset imagenet": "(the paper's): kd_weight 2.5 nd_weight 1",
+        "--dataset imagenet --base dkd": "(the paper's): kd_weight 1 dkd_alpha 0.8 dkd_beta 0.5",
+        "--dataset imagenet --base dist": "(none known for resnet34 resnet18, so those of resnet56"
+        " resnet20): kd_weight 2 nd_weight 1",
+        "--dataset imagenet --student alexnet": "so those of resnet34 resnet18): kd_weight 2.5",
+    }.items():
+        nd.parse_args(shlex.split(command))
+        assert words in capsys.readouterr().out, command
 
 
 def test_the_student_is_the_same_whether_the_teacher_was_there_or_not(cwd):
@@ -683,6 +724,8 @@ BAD = {  # arguments -> words of the error
     "--kd-weight inf": "--kd-weight",
     "--temperature 0": "--temperature",
     "--train-size 0": "--train-size",
+    "--dkd-beta 2": "--dkd-alpha, --dkd-beta: only for --base dkd",
+    "--eval chance.pth --seeds 0 1": "--eval: leave --compare, --seeds",
     "--train-size 5": "--train-size 5.*24",
     "--train-size 9999": "--train-size 9999",
     "--teacher-ckpt absent.pth": "absent.pth: no such file",
