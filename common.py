@@ -1312,10 +1312,14 @@ def _decoded(samples, size, workers, cache):
     return Split(images, torch.tensor([label for _, label in samples]))
 
 
-def read_rgb(path) -> Image.Image:
-    """Any image as RGB: grey, palette, CMYK, 16 bits. UserError: it cannot be read."""
+def read_rgb(path, upright: bool = False) -> Image.Image:
+    """Any image as RGB: grey, palette, CMYK, 16 bits. UserError: it cannot be read.
+
+    upright: turned as its EXIF data says, and not as it is stored, which annotations refer to.
+    """
     try:
         with Image.open(path) as file:
+            file = ImageOps.exif_transpose(file) if upright else file
             if file.mode == "I;16":  # convert() would clip 16 bits instead of scaling them
                 file = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
             return file.convert("RGB")
@@ -2183,44 +2187,45 @@ class DetectionData:
             plan = plan[share(len(plan))]
         elif shared:
             plan = [batch[share(len(batch))] for batch in plan]
-        for batch in _decoded_batches(samples, plan, self.workers):
-            for image, _ in batch:
+        for keys, decoded in zip(plan, _decoded_batches(samples, plan, self.workers)):
+            images, targets = [], []
+            for (index, flip), image in zip(keys, decoded):
                 if not torch.is_tensor(image):
                     raise UserError(f"{image}; or leave such images out with --skip-bad-images")
-            images = [image.to(self.device).float().div_(255) for image, _ in batch]
-            targets = [
-                {"boxes": s.boxes.to(self.device), "labels": s.labels.to(self.device)}
-                for _, s in batch
-            ]
-            yield images, targets, [s.image_id for _, s in batch]
+                images.append(image.to(self.device).float().div_(255))
+                sample = samples[index]
+                x1, y1, x2, y2 = sample.boxes.unbind(1)
+                if flip:
+                    x1, x2 = sample.width - x2, sample.width - x1
+                boxes = torch.stack([x1, y1, x2, y2], 1).to(self.device)
+                targets.append({"boxes": boxes, "labels": sample.labels.to(self.device)})
+            yield images, targets, [samples[index].image_id for index, _ in keys]
 
 
 class _Decoder(torch.utils.data.Dataset):
-    """(index, flip?) -> (image [3,H,W] uint8 or what is wrong with it, its annotations)."""
+    """(index, flip?) -> image [3,H,W] uint8, or what is wrong with it.
+
+    Holds no tensors: each that a worker has or sends keeps a file open, and there are many images.
+    """
 
     def __init__(self, samples):
-        self.samples = samples
+        self.files = [(sample.path, sample.width, sample.height) for sample in samples]
 
     def __len__(self):
-        return len(self.samples)
+        return len(self.files)
 
     def __getitem__(self, key):
         index, flip = key
-        sample = self.samples[index]
+        path, *size = self.files[index]
         try:
-            image = read_rgb(sample.path)
+            image = read_rgb(path)
         except UserError as error:
-            return str(error), sample
-        if image.size != (sample.width, sample.height):
-            says = f"{sample.width}x{sample.height}"
-            found = "x".join(map(str, image.size))
-            return f"{sample.path}: is {found}, its annotation says {says}; mend one", sample
+            return str(error)
+        if list(image.size) != size:
+            found, says = ("x".join(map(str, s)) for s in (image.size, size))
+            return f"{path}: is {found}, its annotation says {says}; mend one"
         image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        if flip:
-            x1, y1, x2, y2 = sample.boxes.unbind(1)
-            boxes = torch.stack([sample.width - x2, y1, sample.width - x1, y2], 1)
-            image, sample = image.flip(2), sample._replace(boxes=boxes)
-        return image.contiguous(), sample
+        return (image.flip(2) if flip else image).contiguous()
 
 
 def _decoded_batches(samples, plan, workers):
@@ -2239,7 +2244,7 @@ def _readable(samples, workers):
     """Those that can be decoded; the others are named. A pass of its own, so that the batches are
     full and a resumed run counts them alike."""
     plan, good = [[(i, False)] for i in range(len(samples))], []
-    for sample, [(image, _)] in zip(samples, _decoded_batches(samples, plan, workers)):
+    for sample, [image] in zip(samples, _decoded_batches(samples, plan, workers)):
         if torch.is_tensor(image):
             good.append(sample)
         else:
@@ -2269,6 +2274,7 @@ def load_detection_data(args, device) -> DetectionData:
 
 
 def _load_detection_data(args, root, splits, device):
+    _evaluator()  # fail now, not after an epoch
     digest, tables = hashlib.sha256(), []
     for split in splits:
         path = root / "annotations" / f"instances_{split}.json"
@@ -2541,6 +2547,18 @@ def build_detector(name: str, num_classes: int, args, frozen_norm: bool = False)
         box_batch_size_per_image=args.regions,
     )
     detector.name = name
+
+    # torchvision makes anchors and boxes in the precision of what it is given; the 8 bits of
+    # bfloat16 would move them by pixels.
+    def full(x):
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    heads = detector.rpn.head, detector.roi_heads.box_predictor
+    detector.backbone.register_forward_hook(
+        lambda _, inputs, maps: {name: full(x) for name, x in maps.items()}
+    )
+    heads[0].register_forward_hook(lambda _, inputs, out: tuple([full(x) for x in y] for y in out))
+    heads[1].register_forward_hook(lambda _, inputs, out: tuple(full(x) for x in out))
     return detector
 
 
@@ -2636,7 +2654,8 @@ def _coco_detector(args, data):
             state = COCO_WEIGHTS.get_state_dict(progress=False, check_hash=True)
     except OSError as error:
         raise UserError(
-            f"cannot download the teacher {COCO_WEIGHTS.url} ({error}); give --teacher-ckpt FILE"
+            f"cannot download the teacher {COCO_WEIGHTS.url} ({error}); put that file into"
+            f" {torch.hub.get_dir()}/checkpoints"
         ) from None
     net = build_detector("resnet50", 91, args, frozen_norm=True)
     net.load_state_dict(state)
@@ -2670,17 +2689,22 @@ def detect(model: nn.Module, data: DetectionData, args) -> list[dict]:
     return [detection for part in gather_objects(found) for detection in part]
 
 
+def _evaluator():
+    try:
+        from faster_coco_eval import COCO, COCOeval_faster
+    except ImportError:
+        raise UserError("detection needs faster-coco-eval: pip install faster-coco-eval") from None
+    return COCO, COCOeval_faster
+
+
 def coco_ap(truth: dict, found: list[dict]) -> tuple[dict, dict]:
     """AP, AP50, AP75, APs, APm, APl in %, by faster-coco-eval; and AP by category id.
 
     None: there is nothing of that size or class to find.
     """
-    try:
-        from faster_coco_eval import COCO, COCOeval_faster
-    except ImportError:
-        raise UserError("detection needs faster-coco-eval: pip install faster-coco-eval") from None
-    coco = COCO(truth)
-    evaluator = COCOeval_faster(coco, coco.loadRes([dict(d) for d in found]), "bbox")
+    annotated, evaluate_boxes = _evaluator()
+    coco = annotated(truth)
+    evaluator = evaluate_boxes(coco, coco.loadRes([dict(d) for d in found]), "bbox")
     evaluator.evaluate()
     evaluator.accumulate()
     evaluator.summarize()
@@ -2832,7 +2856,7 @@ def draw_predictions(args) -> None:
     net = load_detector(args.student, count, args, args.eval).to(device)
     folder = Path(args.out or "predictions")
     for name in args.predict:
-        image = read_rgb(name)
+        image = read_rgb(name, upright=True)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         with autocast(args, device):
             result = net([pixels.to(device).float() / 255])[0]

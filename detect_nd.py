@@ -35,8 +35,8 @@ apart from the plain student.
 
 Differs from the paper and its code:
  1. torchvision's detector: background is class 0 (theirs: the last), box loss smooth L1 (L1),
-    regions pooled at two points a bin, one normalisation of the pixels for both networks (the
-    code's configurations for ResNet-18 mix up the colour channels).
+    regions pooled at 2 x 2 points a bin, 91 classes for COCO's ids (81), one normalisation of the
+    pixels for both networks (the code's configurations for ResNet-18 mix up the colour channels).
  2. One pass: the student's box features serve the detector's losses and the distillation. The code
     computes them twice.
  3. Class means come from one pass over clean training images with the teacher's own proposals, in
@@ -46,6 +46,8 @@ Differs from the paper and its code:
  5. The schedule's drops are fractions of the run: 120 and 160 of 180 thousand iterations.
  6. A student without ImageNet weights trains its BatchNorm instead of freezing it.
  7. Under torchrun a step takes the mean of the processes' gradients, each of its own images.
+ 8. Teachers are torchvision's (AP 37.0) or trained here for as long as a student; the code's are
+    detectron2's, of three times the usual length.
 """
 
 import argparse
@@ -92,6 +94,7 @@ from common import (  # nothing in there knows about distillation
     run_program,
     sum_over_ranks,
     weight,
+    world,  # the number of processes
 )
 
 # --- copy from here ---------------------------------------------------------------------------
@@ -264,8 +267,9 @@ def training_pass(student: nn.Module, images: list, targets: list) -> tuple[dict
 def region_class_means(teacher: nn.Module, batches, num_classes: int):
     """The teacher's mean box feature of each class -> [K,1024] float32, and counts [K].
 
-    batches: (images, targets, ...). Regions are sampled as in training, from the teacher's own
-    proposals and the ground truth; sums in double precision. A class without a region is 0.
+    batches: (images, targets, ...). Regions are sampled as in training, from the ground truth and
+    the teacher's own proposals, as many as in a test; sums in double precision. A class without a
+    region is 0.
     """
     score = teacher.roi_heads.box_predictor.cls_score
     sums = score.weight.new_zeros(num_classes, score.in_features, dtype=torch.float64)
@@ -294,7 +298,7 @@ def load_region_means(args, data, teacher):
         return {"means": means.cpu(), "counts": counts.cpu()}
 
     settings = ("class_means_images", "image_size", "smallest_anchor", "regions", "batch_size")
-    made_by = {"teacher": teacher.hash, "data": data.fingerprint}
+    made_by = {"teacher": teacher.hash, "data": data.fingerprint, "images": len(data.train)}
     made_by |= {name: getattr(args, name) for name in settings}
     value = kept(Path(f"checkpoints/region-means-{teacher.hash}.pt"), made_by, compute)
     unseen = zip(data.classes, (value["counts"] == 0).tolist())
@@ -387,7 +391,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         action="store_true",
         help="ablation: by the paper background counts, three quarters of the regions and more",
     )
-    add("--class-means-images", type=positive_int, metavar="N", help="enough for the means (all)")
+    add("--class-means-images", type=positive_int, metavar="N", help="the first N are"
+        " enough for the means (all)")  # fmt: skip
 
     add = parser.add_argument_group("recipe (settings in brackets: COCO; shapes)").add_argument
     add("--epochs", type=positive_int, metavar="N", help="drops scale along (12; 3)")
@@ -398,7 +403,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         " images, in proportion; 0.01)")  # fmt: skip
     add("--momentum", type=below_one, default=0.9, metavar="X", help="(0.9)")
     add("--weight-decay", type=weight, default=1e-4, metavar="X", help="(0.0001)")
-    add("--regions", type=positive_int, metavar="N", help="sampled in an image (512; 32)")
+    add("--regions", type=positive_int, metavar="N", help="sampled in an image;"
+        " a test keeps twice as many proposals, 1000 at most (512; 32)")  # fmt: skip
     add("--fpn-width", type=positive_int, metavar="N", help="channels of the FPN (256; 64)")
     add(
         "--pretrained-backbone",
@@ -427,8 +433,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         pyplot()  # fail now, not after the training
         if args.method == "plain":
             raise UserError("--plot compares with the plain student: give it a method's weight")
-    if args.reviewkd_weight and args.batch_size < 2:
-        raise UserError("--batch-size 1: ReviewKD's BatchNorm needs 2 or more")
+    if args.reviewkd_weight and args.batch_size < 2 * world():
+        raise UserError(
+            f"--batch-size {args.batch_size}: ReviewKD's BatchNorm needs 2 images or more a process"
+        )
     return args
 
 
@@ -563,6 +571,8 @@ def program(argv=None) -> None:
         "kd": zero | dict(method="KD", kd_weight=args.kd_weight or kd),
     }
     if args.reviewkd_weight:
+        if args.reviewkd_weight != pair_row(args)[0][1][0]:  # not the default: the user's
+            reviewkd = args.reviewkd_weight
         baselines["reviewkd"] = zero | dict(method="ReviewKD", reviewkd_weight=reviewkd)
     launch(main, args, baselines, needed=("plain",) if args.plot else ())
 

@@ -176,6 +176,31 @@ def test_the_training_pass_is_torchvisions(name):
     assert (sampled.labels[-len(sampled.boxes[2]) :] == 0).all()  # no foreground there
 
 
+def test_boxes_keep_their_digits_under_bf16():
+    """Coordinates near 1000 are steps of 4 or 8 in bfloat16."""
+    torch.manual_seed(0)
+    student = common.build_detector("mobilenet_v2", 7, parsed(image_size=1024)).train()
+    boxes = torch.tensor([[1003.3, 501.7, 1014.9, 517.2], [10.1, 20.3, 300.7, 900.9]])
+    targets = [{"boxes": boxes, "labels": torch.tensor([1, 2])}]
+    with torch.autocast("cpu", torch.bfloat16):
+        losses, sampled = detect_nd.training_pass(student, [torch.rand(3, 1024, 1024)], targets)
+    assert sampled.boxes[0].dtype == torch.float32
+    for box in boxes:  # the truth is among the regions
+        assert (sampled.boxes[0] == box).all(1).any()
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        [found] = student.eval()([torch.rand(3, 256, 256)])
+    assert found["boxes"].dtype == torch.float32
+
+
+def test_workers_hold_and_send_no_tensors_but_images(coco):
+    """Each would keep a file open, and thousands of images exhaust a process's files."""
+    data = common.load_detection_data(parsed(coco), CPU)
+    decoder = common._Decoder(data.train)
+    assert not any(torch.is_tensor(x) for file in decoder.files for x in file)
+    assert all(torch.is_tensor(decoder[i, flip]) for i in range(3) for flip in (False, True))
+
+
 def literal_nd(s, t, means, labels):
     each = []
     for i, y in enumerate(labels):
@@ -264,6 +289,9 @@ def test_class_means_are_kept_and_say_what_they_never_saw(quick, capsys):
     assert "one pass of the teacher" not in capsys.readouterr().out
     _, more = means()
     assert more.sum() > counts.sum() and file.stat().st_mtime_ns != stamp
+    data.train = data.train[:3]  # as another --train-size
+    _, fewer = means()
+    assert fewer.sum() < more.sum()
 
 
 def test_class_means_are_summed_in_double_precision():
@@ -900,9 +928,15 @@ def test_compare_and_plot_and_predict(quick, capsys):
     assert Path("o/detections.png").read_bytes().startswith(b"\x89PNG")
     text = capsys.readouterr().out
     assert re.search(r"\| method \| n \| AP \|", text) and re.search(r"\| KD\+\+ \| 1 \|", text)
-    Image.new("CMYK", (80, 70)).save("mine.jpg")
+    lying = Image.Exif()
+    lying[0x0112] = 6  # as telephones store a picture taken upright
+    Image.new("CMYK", (70, 80)).save("mine.jpg", exif=lying)
     assert run("--eval o/student.pt --predict mine.jpg --out drawn") == 0
-    assert Image.open("drawn/mine-boxes.png").mode == "RGB"
+    drawn = Image.open("drawn/mine-boxes.png")
+    assert drawn.mode == "RGB" and drawn.width > drawn.height
+    assert run(quick, "--base", "reviewkd", "--reviewkd-weight", "3", "--compare") == 0
+    alone = result("o/reviewkd")["args"]
+    assert alone["reviewkd_weight"] == 3 and alone["nd_weight"] == 0
     assert common.run_program(common.print_table, ["o/result.json", "o/kd/result.json"]) == 0
 
 
