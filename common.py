@@ -2061,16 +2061,8 @@ def _check_recipe(path, recipe):
 # What a teacher's training shares with its student's; all else belongs to the method and is off.
 TEACHER_OPTIMIZER = ("recipe", "lr", "batch_size", "momentum", "nesterov", "weight_decay")
 TEACHER_KEEPS = ("dataset", "data_dir", "image_size", "train_size", "val_size", "precision")
-TEACHER_KEEPS += (
-    "device",
-    "workers",
-    "compile",
-    "script",
-    "pretrained",
-    "gather",
-    *TEACHER_OPTIMIZER,
-)
-TEACHER_KEEPS += ("save_minutes", "tensorboard")
+TEACHER_KEEPS += ("device", "workers", "compile", "script", "pretrained", "gather")
+TEACHER_KEEPS += ("save_minutes", "tensorboard", *TEACHER_OPTIMIZER)
 # What decides its weights, besides the data; kept in its checkpoint.
 TEACHER_RECIPE = ("student", "epochs", "seed", "precision", "image_size", "pretrained", "script")
 TEACHER_RECIPE += TEACHER_OPTIMIZER

@@ -38,7 +38,8 @@ training images, 15 epochs. It shows that the code works, not what the method ga
     DCD+KD  34.79 ± 0.52
 
 (--student resnet8 --teacher-ckpt FILE --train-size 10000 --epochs 15 --compare --seeds 0 1 2, the
-last row with --kd-weight 1. KD is higher in nd.py, whose recipe has larger batches and more.)
+last row with --kd-weight 1. KD is higher in nd.py, whose recipe has batches of 128, twice the
+learning rate and a warm-up of KD.)
 
 Differs from the paper and its code:
  1. No offset on the similarities. The paper adds a trained scalar b to each and credits it, with
@@ -171,9 +172,7 @@ class DCDLoss(torch.nn.Module):
         self.teacher_head = torch.nn.Linear(teacher_dim, embed_dim)
         trained = temperature is None
         self.tau = torch.nn.Parameter(torch.tensor(float(init_tau)), requires_grad=trained)
-        self.max_tau = (
-            torch.tensor(float(max_scale), dtype=torch.float64, device="cpu").log().item()
-        )
+        self.max_tau = float(torch.tensor(max_scale, dtype=torch.float64, device="cpu").log())
         self.alpha, self.temperature, self.terms = alpha, temperature, terms
         if terms not in ("both", "contrastive", "consistency"):
             raise ValueError(f"DCDLoss: terms={terms!r}; choose both, contrastive or consistency")

@@ -186,9 +186,7 @@ class ReviewKD(torch.nn.Module):
     ) -> list[torch.Tensor]:
         """Each level: student map [B,Cs,h,w] -> [B,Ct,H,W]; the teacher's maps give only H, W."""
         if not len(student_maps) == len(teacher_maps) == len(self.inward):
-            raise ValueError(
-                f"{len(student_maps)} and {len(teacher_maps)} maps, one a level needed"
-            )
+            raise ValueError(f"{len(student_maps)}, {len(teacher_maps)} maps: needs one a level")
         results, deeper = [], None
         for level in reversed(range(len(student_maps))):
             x = self.inward[level](student_maps[level])
@@ -205,13 +203,15 @@ class ReviewKD(torch.nn.Module):
 def hcl_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor]) -> torch.Tensor:
     """Hierarchical context loss: MSE at full size and pooled to 4, 2, 1, summed over the levels.
 
-    Lists of [B,C,H,W], equal shapes. Weights 1, 1/2, 1/4, 1/8, in this order over the sizes used,
+    Lists of [B,C,H,W], equal shapes (else ValueError). Weights 1, 1/2, 1/4, 1/8, in this order over the sizes used,
     divided by their sum; a pooled size that is not below H is not used. Usual weight of the loss
     0.6 to 8. Source: arXiv 2104.09044.
     """
     total = 0.0
     for s, t in zip(student_maps, teacher_maps, strict=True):
         s, t = _full(s), _full(t.detach())
+        if s.shape != t.shape:
+            raise ValueError(f"maps {tuple(s.shape)} and {tuple(t.shape)}")
         loss, weight_sum, scale = (s - t).square().mean(), 1.0, 1.0
         for size in (4, 2, 1):
             if size < s.shape[-2]:

@@ -34,7 +34,8 @@ training images, 15 epochs. It shows that the code works, not what the method ga
     SP+KD   36.01 ± 0.24
 
 (--student resnet8 --teacher-ckpt FILE --train-size 10000 --epochs 15 --compare --seeds 0 1 2, the
-last row with --kd-weight 1. KD is higher in nd.py, whose recipe has larger batches and more.)
+last row with --kd-weight 1. KD is higher in nd.py, whose recipe has batches of 128, twice the
+learning rate and a warm-up of KD.)
 
 Differs from the paper and from other code:
  1. Rows are divided by their L2 norm, after the product. (torchdistill's rows are divided by their

@@ -383,6 +383,12 @@ def test_a_teacher_under_inference_mode():
     assert maps.is_inference() and x.grad.isfinite()
 
 
+def test_hcl_refuses_maps_of_other_shapes():
+    for shape in ((2, 3, 1, 1), (1, 3, 8, 8), (2, 3, 8, 4)):
+        with pytest.raises(ValueError, match="maps"):
+            nd.hcl_loss([torch.randn(2, 3, 8, 8)], [torch.randn(shape)])
+
+
 def test_review_needs_a_map_a_level():
     module = nd.ReviewKD([4, 6], [5, 7], 3)
     student, teacher = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8, 8)
@@ -391,7 +397,7 @@ def test_review_needs_a_map_a_level():
         ([student] * 2, [teacher]),
         ([student] * 3, [teacher] * 3),
     ):
-        with pytest.raises(ValueError, match="one a level"):
+        with pytest.raises(ValueError, match="needs one a level"):
             module(*maps)
 
 
