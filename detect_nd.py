@@ -203,9 +203,9 @@ class ReviewKD(torch.nn.Module):
 def hcl_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor]) -> torch.Tensor:
     """Hierarchical context loss: MSE at full size and pooled to 4, 2, 1, summed over the levels.
 
-    Lists of [B,C,H,W], equal shapes (else ValueError). Weights 1, 1/2, 1/4, 1/8, in this order over the sizes used,
-    divided by their sum; a pooled size that is not below H is not used. Usual weight of the loss
-    0.6 to 8. Source: arXiv 2104.09044.
+    Lists of [B,C,H,W], equal shapes (else ValueError). Weights 1, 1/2, 1/4, 1/8, in this order over
+    the sizes used, divided by their sum; a pooled size that is not below H is not used. Usual
+    weight of the loss 0.6 to 8. Source: arXiv 2104.09044.
     """
     total = 0.0
     for s, t in zip(student_maps, teacher_maps, strict=True):
