@@ -85,6 +85,7 @@ def test_commands_run(cwd, script, command, capsys, any_teacher_passes, monkeypa
         default = {"teacher": "resnet56", "student": "resnet20"}[role]
         teacher_file(name, network.group(1) if network else default, 20)
     command = re.sub(r"--train-size \d+", "", command)
+    command = re.sub(r"--val-size \d+", "--val-size 20", command)
     command += " --epochs 1 --teacher-epochs 1 --batch-size 20"
     command += " --train-size 48" if "shapes" in command else ""
     command += " --train-size 1000 --batch-size 500" if "imagenet" in command else ""

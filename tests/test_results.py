@@ -80,6 +80,28 @@ def test_what_the_readme_says_of_kd2m():
     assert all(above("CE", m) for m in below)
 
 
+def test_what_the_readme_says_of_kd2ms_weights():
+    found, results = {}, load("results/weights-*.json")
+    for r in results:
+        found.setdefault(r["method"], {})[r["args"].get("metric_weight")] = r["student_top1"]
+        assert (r["args"]["val_size"], r["test_images"], r["args"]["seed"]) == (10000, 10000, 0)
+        for key in ("train_images", "epochs", "data_hash", "teacher_hash"):
+            assert r[key] == results[0][key]
+    assert found.keys() == {"CE", "KD", "mse", "w2_gaussian"}
+    [ce] = found["CE"].values()
+    for metric in ("mse", "w2_gaussian"):
+        default, by_weight = kd2m.WEIGHTS[metric], found[metric]
+        times = {round(weight / default, 6): top1 for weight, top1 in by_weight.items()}
+        assert times.keys() == {0.01, 0.1, 1, 10, 100}  # four decades
+        if metric == "mse":
+            assert max(times, key=times.get) == 10 and times[100] < times[10] - 5
+        else:
+            assert abs(max(times.values()) - ce) < 1.3 and times[1] < ce
+            assert max(times, key=times.get) <= 0.1 and times[10] < ce / 1.9
+    spread = [r["student_top1"] for r in load("results/distributions-*-w2_gaussian-s?.json")]
+    assert round(statistics.stdev(spread), 1) == 1.3
+
+
 @pytest.mark.parametrize("family", COMPARED)
 def test_compared_results_are_of_the_same_recipe_seeds_and_data(family):
     results, methods = load(f"results/{family}-*.json"), {}
