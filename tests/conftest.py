@@ -8,7 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the networks are tiny, and a process runs
 
 import pytest  # noqa: E402
 
-import common  # noqa: E402
+# `common` is imported in the fixtures: the process that hands out the tests need not load torch.
 
 
 @pytest.fixture
@@ -20,6 +20,8 @@ def cwd(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def forget_loaded_data():
+    import common
+
     common._LOADED.clear()
     common._EVALUATED.clear()
 
@@ -27,10 +29,14 @@ def forget_loaded_data():
 @pytest.fixture
 def few_shapes(monkeypatch):
     """The splits of `shapes` cut to 72 images of half the size: tests need no accuracy."""
+    import common
+
     draw = common.draw_shapes
     monkeypatch.setattr(common, "draw_shapes", lambda n, s, size: draw(min(n, 72), s, size // 2))
 
 
 @pytest.fixture
 def any_teacher_passes(monkeypatch):
+    import common
+
     monkeypatch.setattr(common, "near_chance", lambda *a: False)

@@ -1,6 +1,7 @@
 """What the README and the docstrings say to type works, and what scripts repeat is alike."""
 
 import ast
+import os
 import re
 import shlex
 import subprocess
@@ -76,8 +77,8 @@ def test_commands_run(cwd, script, command, capsys, any_teacher_passes, monkeypa
             for k in range(1000):
                 folder = Path("imagenet") / split / f"n{k:08d}"
                 folder.mkdir(parents=True)
-                Image.fromarray(pixels).save(folder / "0.png")
-        command += " --image-size 32 --workers 1"
+                os.link("my-images/train/class00/0.png", folder / "0.png")
+        command += " --image-size 16 --workers 1"
     for name in set(re.findall(r"[\w./-]+\.pth?\b", command)):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         role = "teacher" if f"--teacher-ckpt {name}" in command else "student"
@@ -86,6 +87,7 @@ def test_commands_run(cwd, script, command, capsys, any_teacher_passes, monkeypa
         teacher_file(name, network.group(1) if network else default, 20)
     command = re.sub(r"--train-size \d+", "", command)
     command = re.sub(r"--val-size \d+", "--val-size 20", command)
+    command = command.replace("--seeds 0 1 2", "--seeds 0 1")
     command += " --epochs 1 --teacher-epochs 1 --batch-size 20"
     command += " --train-size 48" if "shapes" in command else ""
     command += " --train-size 1000 --batch-size 500" if "imagenet" in command else ""

@@ -20,7 +20,7 @@ import nd
 import sp
 
 CPU = torch.device("cpu")
-QUICK = "--dataset imagenet --data-dir tree --image-size 32 --teacher resnet8 --student resnet8"
+QUICK = "--dataset imagenet --data-dir tree --image-size 16 --teacher resnet8 --student resnet8"
 QUICK = f"{QUICK} --epochs 2 --teacher-epochs 1 --batch-size 6 --workers 2".split()
 
 
