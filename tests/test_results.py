@@ -31,6 +31,8 @@ def test_readme_tables_are_those_of_the_results():
 COMPARED = {
     "cifar100-resnet56-resnet8": {"CE", "KD", "KD++"},
     "relations-resnet56-resnet8": {"CE", "KD", "SP", "SP+KD", "DCD", "DCD+KD"},
+    "heldout-resnet56-resnet8": {"CE", "KD", "DCD", "DCD+KD"},
+    "transfer-resnet56-resnet8": {"probe of CE", "probe of KD", "probe of DCD", "probe of DCD+KD"},
     "distributions-resnet56-resnet8": {"mse", "w2_empirical", "cw2_empirical", "jw2_empirical"}
     | {"w2_gaussian", "cw2_gaussian", "kl_gaussian", "mmd_linear", "mmd_rbf"},
     "detect-shapes-resnet18-mobilenet_v2": {"plain", "KD", "ND", "KD++", "ReviewKD++"},
@@ -100,6 +102,22 @@ def test_what_the_readme_says_of_kd2ms_weights():
             assert max(times, key=times.get) <= 0.1 and times[10] < ce / 1.9
     spread = [r["student_top1"] for r in load("results/distributions-*-w2_gaussian-s?.json")]
     assert round(statistics.stdev(spread), 1) == 1.3
+
+
+def test_what_the_readme_says_of_transfer():
+    found = {}
+    for r in load("results/transfer-*.json"):
+        found.setdefault(r["method"].removeprefix("probe of "), []).append(r["student_top1"])
+        assert (r["train_images"], r["test_images"], r["epochs"]) == (2000, 2000, 30)
+    for r in load("results/heldout-*.json"):
+        assert (r["train_images"], r["test_images"], r["epochs"]) == (4000, 8000, 15)
+
+    def above(a, b):
+        gap = statistics.mean(found[a]) - statistics.mean(found[b])
+        return gap > max(statistics.stdev(found[m]) for m in (a, b))
+
+    assert all(above(m, "CE") for m in ("KD", "DCD", "DCD+KD")) and above("DCD+KD", "KD")
+    assert not any(above(*pair) for pair in (("DCD", "KD"), ("DCD+KD", "DCD"), ("KD", "DCD")))
 
 
 @pytest.mark.parametrize("family", COMPARED)
