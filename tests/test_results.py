@@ -120,6 +120,13 @@ def test_what_the_readme_says_of_transfer():
     assert not any(above(*pair) for pair in (("DCD", "KD"), ("DCD+KD", "DCD"), ("KD", "DCD")))
 
 
+def test_what_the_readme_says_of_the_drawn_set():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    top1 = {r["method"]: r["student_top1"] for r in load("results/shapes-*.json")}
+    assert f"KD gains {top1['KD'] - top1['CE']:.1f} points over CE" in text
+    assert "ends where CE does" in text and abs(top1["KD++"] - top1["CE"]) < 0.1
+
+
 @pytest.mark.parametrize("family", COMPARED)
 def test_compared_results_are_of_the_same_recipe_seeds_and_data(family):
     results, methods = load(f"results/{family}-*.json"), {}

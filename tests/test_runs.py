@@ -422,27 +422,6 @@ def test_the_one_good_checkpoint_outlives_a_failing_save(
     assert same(weights("whole/student.pt"), weights("parts/student.pt"))
 
 
-def test_a_begun_teacher_goes_on_from_the_checkpoint_before(cwd, monkeypatch):
-    command = f"{QUICK} --epochs 3 --out"
-    assert run(command, "whole") == 0
-    (cwd / "checkpoints").rename(cwd / "checkpoints1")
-    (cwd / "runs").rename(cwd / "runs1")
-    with monkeypatch.context() as patch:
-        stop_in(patch, 5)
-        assert run(command, "parts") == 143
-    folder = Path("runs/teacher-shapes-resnet8")
-    saved = torch.load(folder / "previous.pt", weights_only=True)
-    del saved["args"]["val_size"]  # as a program before that flag wrote it
-    torch.save(saved, folder / "previous.pt")
-    (folder / "last.pt").write_bytes(b"damaged")
-    with monkeypatch.context() as patch:
-        add, seen = common.Meter.add, []
-        patch.setattr(common.Meter, "add", lambda *a: seen.append(1) or add(*a))
-        assert run(command, "parts", "--resume") == 0
-    assert len(seen) == 2 + 6  # the teacher's last epoch, then the student
-    assert same(weights("checkpoints1/shapes_resnet8.pt"), weights("checkpoints/shapes_resnet8.pt"))
-
-
 def test_what_has_no_deterministic_form_is_named(cwd, monkeypatch, capsys, any_teacher_passes):
     teacher_file()
 
@@ -534,16 +513,27 @@ def test_compile_changes_neither_the_weights_nor_their_names(cwd, monkeypatch, a
     assert not any("_orig_mod" in key for key in weights("b/student.pt"))
 
 
-def test_a_stop_while_the_teacher_trains(cwd, monkeypatch):
-    command = f"{QUICK} --epochs 2 --out"
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_stop_while_the_teacher_trains(cwd, monkeypatch, damaged):
+    command = f"{QUICK} --epochs 3 --out"
     assert run(command, "whole") == 0
     (cwd / "checkpoints").rename(cwd / "checkpoints1")
     (cwd / "runs").rename(cwd / "runs1")
     with monkeypatch.context() as patch:
-        stop_in(patch, 3)
+        stop_in(patch, 5)
         assert run(command, "parts") == 143
     assert not list(cwd.glob("checkpoints/*"))
-    assert run(command, "parts", "--resume") == 0  # the teacher goes on as well
+    folder = Path("runs/teacher-shapes-resnet8")
+    if damaged:  # then the checkpoint before serves, also as a program before --val-size wrote it
+        saved = torch.load(folder / "previous.pt", weights_only=True)
+        del saved["args"]["val_size"]
+        torch.save(saved, folder / "previous.pt")
+        (folder / "last.pt").write_bytes(b"damaged")
+    with monkeypatch.context() as patch:
+        add, seen = common.Meter.add, []
+        patch.setattr(common.Meter, "add", lambda *a: seen.append(1) or add(*a))
+        assert run(command, "parts", "--resume") == 0
+    assert len(seen) == (2 if damaged else 1) + 6  # the teacher's last steps, then the student
     assert same(weights("checkpoints1/shapes_resnet8.pt"), weights("checkpoints/shapes_resnet8.pt"))
     assert same(weights("whole/student.pt"), weights("parts/student.pt"))
 
