@@ -41,6 +41,7 @@ import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from stat import S_ISREG
 from typing import NamedTuple
 
 import numpy as np
@@ -88,11 +89,14 @@ def run_program(program, argv: list[str] | None = None) -> int:
     stays whole, because files are only ever replaced by complete ones.
     """
     _Signals.wait, _Signals.pending = False, None
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for stream in (sys.stdout, sys.stderr):  # file names need not be text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    for number in _STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
             signal.signal(number, _on_signal)
     try:
-        with _processes():
+        with _processes(sys.argv[1:] if argv is None else argv):
             program(argv)
         return 0
     except UserError as error:
@@ -101,7 +105,7 @@ def run_program(program, argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        message = f"{error.filename or 'a file'}: {error.strerror or error}"
+        message = f"{error.filename or 'the output'}: {error.strerror or error}"
     except (MemoryError, torch.OutOfMemoryError):
         message = "out of memory: lower --batch-size, --train-size or --image-size"
     except RuntimeError as error:
@@ -109,9 +113,14 @@ def run_program(program, argv: list[str] | None = None) -> int:
             if rank() == 0:
                 print("another process has stopped, and so all; --resume goes on", file=sys.stderr)
             return 1
-        if "does not have a deterministic implementation" in str(error):
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            message = f"torch.compile does not work here: {str(error).splitlines()[0]}"
+        elif "does not have a deterministic implementation" in str(error):
             message = f"--deterministic: {str(error).split(' ')[0]} has no such form on this GPU"
-        elif "allocate memory" not in str(error):
+        elif "DataLoader worker" in str(error):
+            message = "a process that decodes images was killed, for want of memory perhaps: lower"
+            message += " --workers; --resume goes on"
+        elif not any(words in str(error) for words in _NO_MEMORY):
             raise
         else:
             message = "out of memory: lower --batch-size, --train-size or --image-size"
@@ -158,17 +167,18 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+_NO_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
 _LOST = ("closed by peer", "reset by peer", "Broken pipe")  # torch: another process is gone
 
 
 @contextlib.contextmanager
-def _processes():
+def _processes(argv):
     """Join the other processes, if torchrun started this one."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     backend = "gloo"
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and "--device cpu" not in " ".join(argv).replace("=", " "):
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if 1 < gpus < here:  # with one, every process may have been given its own
             raise UserError(f"torchrun: {here} processes for {gpus} GPUs; --nproc_per_node={gpus}")
@@ -176,6 +186,8 @@ def _processes():
         backend = "cpu:gloo,cuda:nccl"
     # One process may load data for hours while the others wait; torchrun ends all if one dies.
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    if backend != "gloo":
+        _check_gpus()
     with contextlib.ExitStack() as quiet:
         if rank() > 0:
             nowhere = quiet.enter_context(open(os.devnull, "w"))
@@ -183,6 +195,13 @@ def _processes():
             quiet.enter_context(contextlib.redirect_stderr(nowhere))
         yield
     dist.destroy_process_group()  # after an error the others may not come, so only here
+
+
+def _check_gpus():
+    """UserError: two processes on one GPU, which nccl refuses later in words of its own."""
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    if len(set(gather_objects(f"{platform.node()} {gpu}"))) < world():
+        raise UserError("torchrun: two processes on one GPU; lower --nproc_per_node")
 
 
 def _first_to_fail():
@@ -683,7 +702,7 @@ def build_model(name: str, num_classes: int, pretrained: bool = False) -> nn.Mod
     """
     if name in ZOO:
         if pretrained:
-            raise UserError(f"{name} has no pretrained weights to download: give a checkpoint")
+            raise UserError(f"--pretrained: there are no weights of {name} to download; leave it")
         net = ZOO[name](num_classes)
         net.name = name
         return net
@@ -709,14 +728,18 @@ def _with_features(net, name, num_classes):
     """Give a torchvision classifier the `return_features` argument; its state dict stays as it is.
 
     The embedding is the input of the last linear layer. The maps are the outputs of `layer1..4`
-    where there are such, else the last output at each resolution among the children of `features`.
+    where there are such, else the last output at each resolution among the parts of its body. A
+    vision transformer keeps tokens, and has none.
     """
     head_path = _head_path(net)
     if net.get_submodule(head_path).out_features != num_classes:
         new_classifier(net, num_classes)
     stages = [n for n, _ in net.named_children() if re.fullmatch(r"layer\d", n)]
-    children = getattr(net, "features", nn.Sequential()).named_children()
-    taps = stages or [f"features.{name}" for name, _ in children]
+    body = [name for name in ("features", "trunk_output", "layers", "blocks") if hasattr(net, name)]
+    parts = net.get_submodule(".".join(body)).named_children()  # with no such name: the network's
+    ends = (nn.AdaptiveAvgPool2d, nn.Dropout, nn.Linear)
+    taps = stages or [".".join((*body, n)) for n, part in parts if not isinstance(part, ends)]
+    taps = [] if hasattr(net, "conv_proj") else taps  # a vision transformer's
     channels_last = type(net).__name__ == "SwinTransformer"
 
     class WithFeatures(type(net)):
@@ -772,7 +795,9 @@ def load_model(name: str, path: str | Path) -> nn.Module:
 
 
 def nearest(word: str, words: list[str]) -> str:
-    close = difflib.get_close_matches(word, words, 3, 0.4)
+    spelled = {name.casefold().replace("-", "_"): name for name in words}
+    close = difflib.get_close_matches(word.casefold().replace("-", "_"), spelled, 3, 0.4)
+    close = [spelled[name] for name in close]
     return f": did you mean {', '.join(close)}?" if close else f": one of {', '.join(words[:30])}"
 
 
@@ -780,7 +805,7 @@ def read_checkpoint(path: str | Path):
     """`torch.load` that runs no code from the file. UserError: missing, torn, or not weights."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: " + ("not a file" if path.exists() else "no such file"))
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is not None:
             raise ValueError("a checksum is wrong")  # torch.load does not look at them
@@ -823,12 +848,18 @@ def load_weights(model: nn.Module, path: str | Path, state: dict | None = None) 
                 f"{path}: {key} is {list(getattr(state[key], 'shape', []))}, this network's is"
                 f" {list(value.shape)}: another architecture or number of classes"
             )
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+        finite = all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+    except RuntimeError:  # sparse, quantised
+        raise UserError(f"{path}: its tensors are not plain numbers; save a usual one") from None
+    if not finite:
+        raise UserError(f"{path}: some of its weights are infinite or nan")
 
 
 def _state_dict(path):
     state = read_checkpoint(path)
-    for key in ("state", "model", "state_dict", "student"):  # "state": a run's last.pt
+    for key in ("model", "state_dict", "student", "state", "student"):  # "state": a run's last.pt
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not any(torch.is_tensor(v) for v in state.values()):
@@ -1021,10 +1052,13 @@ class StreamedData(Data):
     """
 
     def __init__(self, name, train, test, classes, image_size, workers, device):
-        digest = hashlib.sha256()  # of names alone: a million files are not read twice
+        # Of all names and some sizes: a million files are not read twice.
+        digest = hashlib.sha256(str(image_size).encode())
         for files, labels in (train, test):
             names = (f"{Path(path).name} {label}" for path, label in zip(files, labels.tolist()))
             digest.update(os.fsencode("\n".join(names)))
+            some = files[:: max(1, len(files) // 1000)]
+            digest.update(str([os.stat(path).st_size for path in some]).encode())
         self._describe(name, classes, image_size, digest, device)
         self.train, self.test = (Split(s.images, s.labels.to(device)) for s in (train, test))
         self.workers = cores() if workers is None else workers
@@ -1033,14 +1067,14 @@ class StreamedData(Data):
         """What is random of an image depends on the seed of the pass, not on the workers."""
         draws = torch.randint(2**31, order.shape, generator=rng) if augment else None
         parts = list(parts)
-        loader = torch.utils.data.DataLoader(
+        most = max((part.stop - part.start for part in parts), default=0)
+        loader = _in_workers(
             self._files(split, order, draws),
+            min(self.workers, len(parts)),
+            most * 3 * self.image_size**2,
             batch_size=None,  # the data set itself makes batches: a worker decodes a whole one
             sampler=parts,
-            num_workers=min(self.workers, len(parts)),
-            worker_init_fn=_ignore_signals,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # its own, or it would draw from the run's
         )
         for images, labels in loader:
             if isinstance(images, str):
@@ -1064,6 +1098,44 @@ class StreamedData(Data):
     def test_batch(self, per_class: int, classes: int) -> tuple[Tensor, Tensor]:
         index = self._of_each_class(per_class, classes)
         return self._decoded(index.cpu()), self.test.labels[index]
+
+
+def _in_workers(dataset, workers, batch_bytes, **plan):
+    """What torch's DataLoader yields, as lists; it stops for no signal (see `_ignore_signals`).
+
+    Workers hand tensors over in shared memory; of that Docker gives 64 MB, and a batch that does
+    not fit never arrives. Then they send arrays through their pipes.
+    """
+    shared = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        num_workers=workers,
+        collate_fn=list if shared > 4 * workers * batch_bytes else _arrays,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # its own, or it would draw from the run's
+        **plan,
+    )
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # until the workers ignore them
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    for batch in batches:
+        yield [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in batch]
+
+
+def _arrays(batch):
+    return [x.numpy() if torch.is_tensor(x) else x for x in batch]
+
+
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _ignore_signals(_worker):
+    """The program itself deals with a signal, which may reach all processes of a job. Its workers
+    end when it tells them to, or when they find it gone."""
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Files(torch.utils.data.Dataset):
@@ -1106,7 +1178,7 @@ def cores() -> int:
 
 def load_data(args, device) -> Data:
     """The data set that the command line asks for; kept, so that several runs load it once."""
-    _fill_image_size(args)
+    fill_image_size(args)
     key = (args.dataset, args.data_dir, args.image_size, args.train_size, args.val_size)
     key += (str(device),)
     if key not in _LOADED:
@@ -1121,7 +1193,8 @@ def load_data(args, device) -> Data:
 _LOADED: dict = {}
 
 
-def _fill_image_size(args):
+def fill_image_size(args) -> None:
+    """The data set's own, where none is asked for."""
     if args.dataset in STATS and args.image_size is None:
         args.image_size = 224 if args.dataset == "imagenet" else 32
 
@@ -1293,6 +1366,8 @@ def _decoded(samples, size, workers, cache):
     listing = hashlib.sha256()
     for path, label in samples:
         stat = os.stat(path)
+        if not S_ISREG(stat.st_mode):
+            raise UserError(f"{path}: not a file; remove it")
         where = os.path.relpath(path, cache.parent)
         stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
         listing.update(os.fsencode(f"{where} {label} {stamp}\n"))
@@ -1304,7 +1379,7 @@ def _decoded(samples, size, workers, cache):
         def decode(i):
             images[i] = torch.from_numpy(_decode(samples[i][0], size))
 
-        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        with ThreadPoolExecutor(min(workers or cores(), 64)) as pool:
             list(pool.map(decode, range(len(samples))))
         return images
 
@@ -1320,12 +1395,15 @@ def read_rgb(path, upright: bool = False) -> Image.Image:
     try:
         with Image.open(path) as file:
             file = ImageOps.exif_transpose(file) if upright else file
-            if file.mode == "I;16":  # convert() would clip 16 bits instead of scaling them
-                file = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
+            if file.mode[0] in "IF":  # convert() would clip 16 bits instead of scaling them
+                values = np.asarray(file)
+                if file.mode == "F" or values.min() < 0 or values.max() > 65535:
+                    raise ValueError("of its numbers it is not known which is white")
+                file = Image.fromarray((values >> 8).astype(np.uint8))
             return file.convert("RGB")
     except Exception as error:  # Pillow raises many kinds for a damaged file
         raise UserError(
-            f"{path}: cannot be read as an image ({error}); replace or remove it"
+            f"{path}: cannot be read as an image ({error}); replace it, or remove it and start anew"
         ) from None
 
 
@@ -1432,8 +1510,11 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # a full disk names none
         raise
 
 
@@ -1466,10 +1547,12 @@ def kept(path: Path, made_by: dict, compute, together: bool = True):
 
 
 # Arguments that may differ between a run and its resumption: they do not change what is computed.
-FREE = {"resume", "out", "device", "workers", "compare", "seeds", "eval", "data_dir"}
+FREE = {"resume", "out", "device", "workers", "compare", "seeds", "eval"}
 FREE |= {"script", "method", "plot", "save_minutes", "tensorboard"}
 FREE |= {"per_class", "predict", "train_teacher"}
-FREE |= {"teacher_ckpt", "student_ckpt", "pretrained_teacher"}  # weights are compared by their hash
+# What is in these files is compared by its hash.
+BY_HASH = {"teacher_ckpt", "student_ckpt", "pretrained_teacher", "data_dir"}
+FREE |= BY_HASH
 
 
 def lasting(args) -> dict:
@@ -1483,6 +1566,9 @@ def _changed(saved: dict, wanted: dict) -> list[str]:
 
 
 FILES = ("last.pt", "metrics.jsonl", "result.json", "student.pt")
+SET_ASIDE = ("previous.pt", "tensorboard")  # these too, where they are
+PICTURES = ("similarities.png", "correlation_gap.png", "embeddings.png", "features.png")
+PICTURES += ("curves.png", "detections.png")
 
 
 class Run:
@@ -1516,7 +1602,8 @@ class Run:
             saved, wanted = self.saved["args"], lasting(args)
             changed = _changed(saved, wanted)
             if changed:
-                was = ", ".join(f"{flag(k)} {saved.get(k)}" for k in changed)
+                was = ", ".join(f"{flag(k)} {saved[k]}" if k in saved else f"no {flag(k)}"
+                                for k in changed)  # fmt: skip
                 raise UserError(f"--resume: {self.dir} was started with {was}; give the same again")
             if len(self.saved["ranks"]) != world():
                 raise UserError(
@@ -1525,13 +1612,24 @@ class Run:
                 )
             files = [self.dir / name for name in (*FILES, *(getattr(args, "plot", None) or ()))]
             if self.saved["epoch"] == args.epochs and all(path.exists() for path in files):
-                with contextlib.suppress(ValueError):  # damaged: written again
-                    self.done = json.loads((self.dir / "result.json").read_text())
+                self.done = self._result()
         elif args.resume and not lock.exists():
             raise UserError(f"--resume: nothing to resume in {self.dir} (no last.pt)")
 
+    def _result(self):
+        """What the finished run found, if that is whole and of the files that are named now."""
+        with contextlib.suppress(
+            ValueError, TypeError, LookupError, AttributeError, RecursionError
+        ):
+            result = json.loads((self.dir / "result.json").read_text())
+            table([result])
+            if all(result["args"].get(k) == getattr(self.args, k, None) for k in BY_HASH):
+                return result
+        return None  # `restore` compares what is in the files, and it is written again
+
     def _claim(self, args):
-        self.board = _tensorboard(self.dir) if getattr(args, "tensorboard", None) else None
+        if getattr(args, "tensorboard", None):
+            _summary_writer()  # is it there?
         self.dir.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.dir / ".lock", "w")  # held until the process ends
         try:
@@ -1539,8 +1637,11 @@ class Run:
         except OSError as error:  # others: a file system without locks, where we do without
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise UserError(f"--out {self.dir}: another process is at work there") from None
-        for half_written in self.dir.glob("*.tmp"):
-            half_written.unlink()
+        for name in (*FILES, *PICTURES, "class_means.pt"):
+            for half_written in self.dir.glob(f"{name}.*.tmp"):
+                half_written.unlink()
+        if self.args.resume and self.saved is None:
+            print(f"note: nothing was saved in {self.dir} yet: from the start", file=sys.stderr)
 
     def restore(self, **objects) -> int:
         """Load what `end_epoch` saved into the objects, and the random state; -> first epoch to do.
@@ -1553,6 +1654,7 @@ class Run:
         if self.saved is None:
             if rank() == 0:
                 self._set_aside()
+                self._open_board()
             else:  # dropout and the like: drawn by each process for its own images
                 torch.manual_seed((torch.initial_seed() + 7919 * rank()) % 2**63)
             self._save(objects)
@@ -1571,18 +1673,36 @@ class Run:
                 except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
                     raise UserError(f"--resume: {self.last} does not hold this {name}") from None
         mine = self.saved["ranks"][rank()]
-        torch.set_rng_state(mine["rng"])
-        random.setstate(mine["python_rng"])
+        try:
+            torch.set_rng_state(mine["rng"])
+            random.setstate(mine["python_rng"])
+        except (RuntimeError, ValueError, TypeError, AttributeError):
+            raise UserError(f"--resume: {self.last} does not hold random states") from None
         if mine["cuda_rng"] is not None and self.on_gpu:
             torch.cuda.set_rng_state(mine["cuda_rng"])
         self.history, self.step = self.saved["history"], self.saved["step"]
         self.last_save = time.monotonic()
+        if rank() == 0:
+            self._open_board()
         return self.saved["epoch"]
 
+    def _open_board(self):
+        """TensorBoard's; of a resumed run it is told everything again, lest an epoch be missing."""
+        if getattr(self.args, "tensorboard", None):
+            purge = {"purge_step": 1} if self.history else {}
+            self.board = _summary_writer()(self.dir / "tensorboard", **purge)
+            for metrics in self.history:
+                self._show(metrics)
+
+    def _show(self, metrics):
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(name, value, metrics["epoch"])
+        self.board.flush()
+
     def _set_aside(self):
-        old = [self.dir / name for name in FILES if (self.dir / name).exists()]
-        self.previous.unlink(missing_ok=True)
-        if old := [*old, *self.dir.glob("*.png")]:
+        names = (*FILES, *PICTURES, *SET_ASIDE)
+        if old := [path for path in map(self.dir.joinpath, names) if path.exists()]:
             number = 1
             while (aside := self.dir / f"old{number}").exists():
                 number += 1
@@ -1609,7 +1729,7 @@ class Run:
                 raise UserError(
                     f"weights of the {name} became infinite or nan in epoch"
                     f" {len(self.history) + (meter is not None)}: lower --lr or --teacher-lr;"
-                    f" {self.last} holds the state before"
+                    f" {self.last} holds the last good state"
                 )
         mine = {
             "meter": meter and meter.state(),
@@ -1623,9 +1743,13 @@ class Run:
             return
         state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in objects.items()}
         if not self.damaged:
-            with contextlib.suppress(OSError):  # no file yet, or a disk without links
-                self.previous.unlink(missing_ok=True)
+            self.previous.unlink(missing_ok=True)
+            try:
                 os.link(self.last, self.previous)
+            except FileNotFoundError:  # the first
+                pass
+            except OSError:  # a disk without links
+                write_whole(self.previous, self.last.read_bytes())
         save_whole(
             self.last,
             {
@@ -1647,14 +1771,17 @@ class Run:
         """
         if self.step:
             mine = self.saved["ranks"][rank()]["meter"]
-            meter.restore(mine, pick_device(self.args.device))
+            try:
+                meter.restore(mine, pick_device(self.args.device))
+            except (AttributeError, KeyError, TypeError):
+                raise UserError(f"--resume: {self.last} does not hold half an epoch") from None
         minutes = getattr(self.args, "save_minutes", None) or math.inf
         _Signals.wait = True
         for step, batch in enumerate(batches, self.step):
             yield step, batch
             late = time.monotonic() - self.last_save > 60 * minutes
             save, stop = _highest(int(late), _Signals.pending or 0)
-            if step + 1 < steps and (save or stop):  # after the last: end_epoch saves
+            if stop or (save and step + 1 < steps):  # after the test end_epoch saves
                 meter.check()
                 self._save(objects, step + 1, meter)
                 if stop:
@@ -1668,10 +1795,7 @@ class Run:
         if rank() == 0:
             self._write_metrics()
         if self.board:
-            for name, value in metrics.items():
-                if isinstance(value, (int, float)):
-                    self.board.add_scalar(name, value, metrics["epoch"])
-            self.board.flush()
+            self._show(metrics)
         [stop] = _highest(_Signals.pending or 0)
         if stop:
             raise Stopped(stop)
@@ -1749,20 +1873,31 @@ class Run:
         return result
 
 
+def _fits(args):
+    """Whether what lies in the folder was started with these arguments, if that can be read."""
+    for name in ("last.pt", "previous.pt"):
+        with contextlib.suppress(UserError):
+            return not _changed(_read_last(Path(args.out) / name)["args"], lasting(args))
+    return True
+
+
 def _read_last(path):
     saved = read_checkpoint(path)
-    parts = {"epoch", "step", "state", "args", "history", "ranks"}
-    if not isinstance(saved, dict) or not parts <= saved.keys():
+    parts = dict(epoch=int, step=int, state=dict, args=dict, history=list, ranks=list)
+    whole = isinstance(saved, dict) and all(isinstance(saved.get(k), t) for k, t in parts.items())
+    rank_parts = {"meter", "rng", "python_rng", "cuda_rng"}
+    whole = whole and 0 <= saved["epoch"] == len(saved["history"]) and saved["step"] >= 0
+    if not whole or not all(isinstance(r, dict) and rank_parts <= r.keys() for r in saved["ranks"]):
         raise UserError(f"{path}: not a run's last.pt; move its folder away to start again")
     return saved
 
 
-def _tensorboard(folder):
+def _summary_writer():
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs tensorboard: pip install tensorboard") from None
-    return SummaryWriter(folder / "tensorboard")
+    return SummaryWriter
 
 
 def flag(name: str) -> str:
@@ -1847,7 +1982,7 @@ class Meter:
             raise UserError(
                 f"the loss term {' and '.join(names)} became infinite or nan in epoch"
                 f" {self.epoch + 1}: lower --lr (of a teacher: --teacher-lr) or the term's weight;"
-                " last.pt holds the end of the epoch before"
+                " last.pt holds the last good state"
             )
 
     def _means(self):
@@ -1921,6 +2056,11 @@ def pyplot(asked_by: str = "--plot"):
     return plt
 
 
+def as_text(name: str) -> str:
+    """A class's name for matplotlib, to which $ begins a formula and _ hides a label."""
+    return " " + name.replace("$", r"\$")
+
+
 def save_figure(figure, path: Path) -> None:
     if rank() > 0:
         return
@@ -1933,6 +2073,18 @@ def save_figure(figure, path: Path) -> None:
 def autocast(args, device: torch.device):
     """bfloat16 for convolutions and matrix products under --precision bf16; else nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def compiled(args, *networks):
+    """The networks as --compile runs them, sharing their weights; without it, they themselves.
+
+    Two graphs a network, for full batches and for the last, and none from earlier runs in this
+    process: else a resumed run would compute with other kernels than one that never stopped.
+    """
+    if not args.compile:
+        return networks
+    torch.compiler.reset()
+    return [network and torch.compile(network, dynamic=False) for network in networks]
 
 
 def take_buffers(model: nn.Module) -> None:
@@ -2009,10 +2161,12 @@ def get_teacher(args, data: Data, train) -> Teacher:
             _check_recipe(path, recipe)
         else:
             print(f"teacher: no {path}; training it for {teacher_args.epochs} epochs", flush=True)
-            path.parent.mkdir(exist_ok=True)  # before the work, not after it
-            gpus = [torch.cuda.current_device()] if data.device.type == "cuda" else []
-            with torch.random.fork_rng(gpus):  # so that the student's run is the same without this
-                result = train(teacher_args)
+            path.parent.mkdir(exist_ok=True)
+            if not os.access(path.parent, os.W_OK):  # before the work, not after it
+                raise UserError(
+                    f"{path.parent}/ cannot be written, where the teacher would be kept"
+                )
+            result = train(teacher_args)
             if rank() == 0:
                 weights = read_checkpoint(Path(teacher_args.out) / "student.pt")
                 top1 = result["student_top1"]
@@ -2038,8 +2192,8 @@ def get_teacher(args, data: Data, train) -> Teacher:
 
 
 def near_chance(top1: float, num_classes: int) -> bool:
-    """Below twice chance; with two or three classes that is out of reach, so 1.2 times."""
-    return top1 < (2 if num_classes > 3 else 1.2) * 100 / num_classes
+    """Below twice chance; of two classes, where that would be all, below 1.2 times."""
+    return top1 < (2 if num_classes > 2 else 1.2) * 100 / num_classes
 
 
 def _check_recipe(path, recipe):
@@ -2222,14 +2376,10 @@ class _Decoder(torch.utils.data.Dataset):
 
 def _decoded_batches(samples, plan, workers):
     """For each list of keys in the plan, the list of what _Decoder makes of them."""
-    return torch.utils.data.DataLoader(
-        _Decoder(samples),
-        batch_sampler=plan,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=_ignore_signals,
-        generator=torch.Generator(),  # its own, or it would draw from the run's
+    most = max(
+        (sum(3 * samples[i].width * samples[i].height for i, _ in b) for b in plan), default=0
     )
+    return _in_workers(_Decoder(samples), workers, most, batch_sampler=plan)
 
 
 def _readable(samples, workers):
@@ -2242,13 +2392,6 @@ def _readable(samples, workers):
         else:
             print(f"note: {image}: left out", file=sys.stderr)
     return good
-
-
-def _ignore_signals(_worker):
-    """The program itself deals with a signal, which may reach all processes of a job. Its workers
-    end when it tells them to, or when they find it gone."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def load_detection_data(args, device) -> DetectionData:
@@ -2887,16 +3030,17 @@ seed, image_size = at_most(2**31 - 1), at_most(4096, least=8)
 
 
 def weight(text: str) -> float:
-    """A finite number, 0 or more."""
+    """A number from 0 on, within float32."""
     value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: must be a finite number, 0 or more")
+    if not 0 <= value <= 1e30:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number from 0 to 1e30")
     return value
 
 
 def positive(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: must be a finite number above 0")
+    """Within what float32 can square."""
+    if not 1e-12 <= float(text) <= 1e12:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number above 0, at most 1e12")
     return float(text)
 
 
@@ -2904,6 +3048,13 @@ def below_one(text: str) -> float:
     if weight(text) >= 1:
         raise argparse.ArgumentTypeError(f"{text}: must be below 1")
     return float(text)
+
+
+def path(text: str) -> str:
+    """Of a file or folder; an empty one is a variable of the shell that was not set."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("must name a file or folder, not nothing")
+    return text
 
 
 YesNo = argparse.BooleanOptionalAction
@@ -2927,14 +3078,16 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
     datasets = one_of("data set", list(STATS))
     add("--dataset", type=datasets, default="cifar100", metavar="NAME", help=", ".join(STATS))
-    add("--data-dir", default="data", metavar="DIR", help="where the data lies or is downloaded to")
+    add("--data-dir", type=path, default="data", metavar="DIR", help="where the data lies or is"
+        " downloaded to")  # fmt: skip
     add("--image-size", type=image_size, metavar="N", help="pixels (32; imagenet 224)")
     add(
         "--train-size", type=positive_int, metavar="N", help="train on N images, even classes (all)"
     )
     add("--val-size", type=positive_int, metavar="N", help="keep N training images out and measure"
         " on them, not on the test set: to choose weights and rates")  # fmt: skip
-    add("--teacher-ckpt", metavar="FILE", help="a teacher's weights, such as RepDistiller's")
+    add("--teacher-ckpt", type=path, metavar="FILE", help="a teacher's weights, such as"
+        " RepDistiller's")  # fmt: skip
     add("--pretrained-teacher", action="store_true", help="torchvision's ImageNet weights, as such")
     add(
         "--seed",
@@ -2964,23 +3117,20 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_file_arguments(add) -> None:
     add("--save-minutes", type=positive, default=15.0, metavar="X", help="save within an epoch, as"
         " well as at its end, when so many have passed (15)")  # fmt: skip
-    add("--out", metavar="DIR", help="folder of the run (runs/<script>-<teacher>-<student>-...)")
+    add("--out", type=path, metavar="DIR", help="folder of the run (runs/<script>-<teacher>-"
+        "<student>-...)")  # fmt: skip
     add("--resume", action="store_true", help="go on where a stopped run left off")
     add("--deterministic", action="store_true", help="the same bits in every run on a GPU; slower")
     add("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
-    add("--eval", metavar="FILE", help="only test this student checkpoint")
+    add("--eval", type=path, metavar="FILE", help="only test this student checkpoint")
 
 
 def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
     """`add_run_arguments` for detection."""
     add = parser.add_argument_group("run").add_argument
     add("--dataset", choices=("coco", "shapes"), default="coco", help="shapes: drawn, no files")
-    add(
-        "--data-dir",
-        default="data",
-        metavar="DIR",
-        help="with annotations/ and the images' folders",
-    )
+    add("--data-dir", type=path, default="data", metavar="DIR", help="with annotations/ and the"
+        " images' folders")  # fmt: skip
     add("--train-split", default="train2017", metavar="NAME", help="(train2017)")
     add("--val-split", default="val2017", metavar="NAME", help="(val2017)")
     add(
@@ -2991,7 +3141,8 @@ def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
     add("--smallest-anchor", type=positive_int, metavar="N", help="side in pixels; the other four"
         " levels double it (32; shapes 16)")  # fmt: skip
     add("--train-size", type=positive_int, metavar="N", help="train on N images (all)")
-    add("--teacher-ckpt", metavar="FILE", help="a detector's weights (torchvision's for resnet50)")
+    add("--teacher-ckpt", type=path, metavar="FILE", help="a detector's weights (torchvision's for"
+        " resnet50)")  # fmt: skip
     add("--train-teacher", action="store_true", help="train it first (shapes: always)")
     add("--seed", type=seed, default=0, metavar="N", help="of start, batches and regions (0)")
     add("--seeds", type=seed, nargs="+", metavar="N", help="run each, print mean and spread")
@@ -3002,7 +3153,8 @@ def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
         " to 8; shapes 0)")  # fmt: skip
     _add_file_arguments(add)
     add("--per-class", action="store_true", help="with --eval: each class's AP too")
-    add("--predict", nargs="+", metavar="IMAGE", help="with --eval: draw boxes on these instead")
+    add("--predict", type=path, nargs="+", metavar="IMAGE", help="with --eval: draw boxes on these"
+        " instead")  # fmt: skip
     add("--plot", action="store_true", help="draw a sheet of validation images: boxes of the"
         " truth, the plain student (trained too) and the student")  # fmt: skip
 
@@ -3020,17 +3172,22 @@ def launch(main, args, baselines: dict, needed: tuple = ()) -> None:
         torch.use_deterministic_algorithms(True)
     elif pick_device(args.device).type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes are the same at every step
-    _fill_image_size(args)
+    fill_image_size(args)
     if args.resume and args.eval:
         raise UserError("--resume and --eval: choose one")
     if args.eval and (args.compare or args.seeds or getattr(args, "plot", None)):
         raise UserError("--eval: leave --compare, --seeds and --plot out, nothing is trained")
+    for file in (args.eval, args.teacher_ckpt):
+        if file:
+            read_checkpoint(file)  # fail before the data is read
+    if getattr(args, "pretrained", False) and args.student in ZOO:
+        build_model(args.student, 2, pretrained=True)  # likewise
     if args.eval:
         return print_top1(args)
     if args.teacher_ckpt and getattr(args, "pretrained_teacher", False):
         raise UserError("--teacher-ckpt and --pretrained-teacher: choose one")
-    if args.teacher_ckpt:
-        read_checkpoint(args.teacher_ckpt)  # fail before the data is read
+    if args.seeds and args.seed:
+        raise UserError("--seed and --seeds: choose one")
     runs = []
     for seed in dict.fromkeys(args.seeds or [args.seed]):
         name = f"{args.script}-{args.teacher}-{args.student}-{args.dataset}-s{seed}"
@@ -3041,10 +3198,13 @@ def launch(main, args, baselines: dict, needed: tuple = ()) -> None:
                 runs.append(vars(args) | changes | {"seed": seed, "out": str(out / baseline)})
         runs.append(vars(args) | {"seed": seed, "out": str(out)})
     if args.resume and len(runs) > 1:
-        for run in runs:
-            run["resume"] = (Path(run["out"]) / ".lock").exists()  # those not reached start now
-        if not any(run["resume"] for run in runs):
+        # Those not reached start now, and so do those that hold the runs of another command.
+        begun = [(Path(run["out"]) / ".lock").exists() for run in runs]
+        if not any(begun):
             raise UserError(f"--resume: nothing to resume in {runs[-1]['out']}")
+        fits = [here and _fits(argparse.Namespace(**run)) for here, run in zip(begun, runs)]
+        for run, resume in zip(runs, fits if any(fits) else begun):
+            run["resume"] = resume
     wait_for_all()
     first = {baselines[name]["method"] for name in needed} | {args.method}
     seeds = [run["seed"] for run in runs]
@@ -3088,7 +3248,8 @@ def table(results: list[dict]) -> str:
         settings = {k: v for k, v in args.items() if k not in without} | processes
         group = groups.setdefault((*key, json.dumps(settings, sort_keys=True)), {})
         # A run given twice counts once.
-        group[r.get("seed", len(group))] = r[f"student_{kind}"], r[f"teacher_{kind}"]
+        which = r.get("seed", len(group)), r.get("student_hash")  # a probe's, of its student
+        group[which] = r[f"student_{kind}"], r[f"teacher_{kind}"]
     score = {"top1": "top-1 %", "ap": "AP"}[kind]
     rows = []
     for key, by_seed in groups.items():
@@ -3133,8 +3294,12 @@ def print_table(paths: list[str] | None) -> None:
                 print(f"note: {path} is not of a training run: left out", file=sys.stderr)
                 continue
             table([result])
+            kinds = {"student_top1", "student_ap"} & result.keys()
+            if len(kinds) > 1:
+                raise ValueError("both top-1 and AP")
             results.append(result)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+                RecursionError) as error:  # fmt: skip
             raise UserError(f"{path}: not a result of a run ({error})") from None
     if not results:
         raise UserError("usage: python common.py results/*.json")

@@ -81,11 +81,16 @@ from common import (  # nothing in there knows about distillation
     UserError,  # ends the program with one line and status 2
     YesNo,  # --flag and --no-flag
     add_run_arguments,
+    as_text,
+    at_most,
     autocast,
     average_gradients,
     below_one,
     build_model,  # network(x, return_features=True) -> logits, (.embedding, .maps, .preact)
+    compiled,  # torch.compile, under --compile
     evaluate,
+    fill_image_size,
+    flag,
     gather,  # under torchrun: rows of all processes, with gradient
     get_teacher,  # loads it, or trains it first by calling main
     launch,  # --seeds and --compare: calls main once per run
@@ -94,6 +99,7 @@ from common import (  # nothing in there knows about distillation
     model_names,
     new_classifier,
     one_of,
+    path,
     pick_device,
     positive,
     positive_int,
@@ -114,6 +120,12 @@ from common import (  # nothing in there knows about distillation
 def _full(x: torch.Tensor) -> torch.Tensor:
     """bfloat16 and float16 become float32; float32 and float64 stay."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> None:
+    """ValueError: their shapes differ, so that they would broadcast to a wrong loss."""
+    if a.shape != b.shape:
+        raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)}: must be the same")
 
 
 def _unit(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
@@ -213,6 +225,7 @@ def kd_loss(
     [B,K] logits, finite. T^2 undoes the 1/T^2 that the temperature puts on the gradient, so that
     one weight serves about every T. Usual weight 1 (up to 4). Source: arXiv 1503.02531.
     """
+    _alike(student_logits, teacher_logits)
     log_s = F.log_softmax(_full(student_logits) / temperature, 1)  # [B,K]
     log_t = F.log_softmax(_full(teacher_logits.detach()) / temperature, 1)
     return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
@@ -243,13 +256,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--temperature", type=positive, default=4.0, metavar="T", help="of KD (4)")
     add("--terms", choices=("both", "contrastive", "consistency"), default="both", help="of DCD")
     add("--alpha", type=weight, default=0.5, metavar="X", help="of the consistency in it (0.5)")
-    add("--embed-dim", type=positive_int, default=128, metavar="N", help="width of the heads (128)")
+    add("--embed-dim", type=at_most(65536, least=1), default=128, metavar="N", help="width of the"
+        " heads (128)")  # fmt: skip
     add("--fixed-scale", type=positive, metavar="X", help="divide the cosines by the temperature X,"
         " such as 0.07, in place of the trained scale")  # fmt: skip
     add("--plot", action="store_true", help="draw class relations against the teacher's"
         " (correlation_gap.png; its mean goes into result.json) and embeddings.png")  # fmt: skip
 
-    add = parser.add_argument_group("recipe (in brackets: CIFAR; ImageNet)").add_argument
+    add = parser.add_argument_group("recipe (in brackets: CIFAR and transfer; ImageNet)")
+    add = add.add_argument
     add("--epochs", type=positive_int, metavar="N", help="drops scale along (240; 120; transfer"
         " 120)")  # fmt: skip
     add("--teacher-epochs", type=positive_int, metavar="N", help="if it must be trained (--epochs)")
@@ -266,15 +281,18 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = parser.add_argument_group("transfer").add_argument
     add("--transfer", type=datasets, metavar="NAME", help="instead of distilling: train a linear"
         " classifier for this data set on the frozen student and the frozen teacher")  # fmt: skip
-    add("--student-ckpt", metavar="FILE", help="the student, such as a run's student.pt")
+    add("--student-ckpt", type=path, metavar="FILE", help="the student, such as a run's student.pt;"
+        " if that run's result.json is there, it names --student and --teacher")  # fmt: skip
     add("--transfer-bn", choices=("eval", "batch"), default="eval", help="mode of the frozen"
         " networks; batch: train mode, BatchNorm adapts, dropout is on (eval)")  # fmt: skip
 
     add_run_arguments(parser)
     args = parser.parse_args(argv)
     args.script = "dcd"
-    if args.transfer:
-        args.epochs = args.epochs or 120
+    if args.batch_size == 1:
+        raise UserError("--batch-size 1: a relation and BatchNorm need two images or more")
+    if args.transfer or args.student_ckpt:
+        prepare_transfer(args, parser.get_default)
     for name, value in recipe_of(args).items():
         if name != "lr" and getattr(args, name, 0) is None:
             setattr(args, name, value)
@@ -282,11 +300,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.teacher_lr = args.teacher_lr or default_lr(args.teacher, args)
     args.teacher_epochs = args.teacher_epochs or args.epochs
     args.nesterov = args.nesterov and args.momentum > 0
-    if args.transfer or args.student_ckpt:
-        prepare_transfer(args)
+    if args.transfer:
+        args.teacher = args.teacher if args.teacher_ckpt else None
         return args
-    if args.batch_size < 2:
-        raise UserError("--batch-size 1: a relation needs two images or more")
+    if args.transfer_bn != "eval":
+        raise UserError("--transfer-bn: only for --transfer NAME")
+    for name in ("terms", "alpha", "embed_dim", "fixed_scale"):
+        if not args.dcd_weight and getattr(args, name) != parser.get_default(name):
+            raise UserError(f"{flag(name)}: has no use with --dcd-weight 0; leave it")
     if not args.eval and not args.ce_weight and not args.kd_weight:
         raise UserError("--ce-weight 0: nothing else here trains the classifier")
     if args.alpha != 0.5 and args.terms != "both":
@@ -304,47 +325,53 @@ def method_name(args) -> str:
     return "+".join([dcd] * bool(args.dcd_weight) + ["KD"] * bool(args.kd_weight)) or "CE"
 
 
-def prepare_transfer(args) -> None:
+def prepare_transfer(args, default) -> None:
     """--dataset is what the networks were trained on; from here on it is the data of the probes."""
-    for name in ("compare", "plot", "eval", "pretrained_teacher", "pretrained", "compile"):
-        if getattr(args, name):
-            raise UserError(f"--transfer: leave --{name.replace('_', '-')} out, it has no use here")
     if not args.transfer:
         raise UserError("--student-ckpt: only for --transfer NAME, which names the new data")
+    useless = ["compare", "plot", "eval", "pretrained_teacher", "pretrained", "compile", "terms"]
+    useless += ["ce_weight", "dcd_weight", "kd_weight", "temperature", "alpha", "embed_dim"]
+    for name in (*useless, "fixed_scale", "teacher_epochs", "gather"):
+        if getattr(args, name) != default(name):
+            raise UserError(f"--transfer: leave {flag(name)} out, it has no use here")
     if not args.student_ckpt:
         raise UserError("--transfer: name the student, --student-ckpt FILE, as a run's student.pt")
     student = Path(args.student_ckpt)
-    label, method = student.stem, student.stem
+    label, learned = student.stem, {}
     if student.name == "student.pt" and student.parent.name:
         folder = student.parent  # a run's; below it those of its seeds and baselines
         label = folder.name
         while re.fullmatch(r"ce|kd|s\d+", folder.name) and folder.parent.name:
             folder = folder.parent
             label = f"{folder.name}-{label}"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            method = json.loads((student.parent / "result.json").read_text())["method"]
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            learned = dict(json.loads((student.parent / "result.json").read_text()))
+    for name in ("student", "teacher"):
+        if getattr(args, name) is None:
+            known = learned.get(name) in model_names()
+            setattr(args, name, learned[name] if known else RECIPES["cifar"][name])
     trained = Path(f"checkpoints/{args.dataset}_{args.teacher}.pt")
     if not args.teacher_ckpt and trained.exists():
         args.teacher_ckpt = str(trained)
     if not args.teacher_ckpt:
         print(f"note: no {trained}, no --teacher-ckpt: the student alone", file=sys.stderr)
-        args.teacher = None
+    args.epochs = args.epochs or 120
+    fill_image_size(args)  # of the images that the networks know
     args.source, args.dataset = args.dataset, args.transfer
-    args.gather = "global"  # under torchrun every process does all of it
     batch = args.transfer_bn == "batch"
-    args.method = f"probe of {method}" + " (batch)" * batch
+    args.method = f"probe of {learned.get('method', student.stem)}" + " (batch)" * batch
     place = f"runs/dcd-transfer-{args.dataset}-of-{label}" + "-batch" * batch
     args.out = args.out or (place if args.seeds else f"{place}-s{args.seed}")
 
 
 def recipe_of(args) -> dict:
-    return RECIPES["imagenet" if args.dataset == "imagenet" else "cifar"]
+    return RECIPES["imagenet" if args.dataset == "imagenet" and not args.transfer else "cifar"]
 
 
 def default_lr(name: str, args) -> float:
-    if args.dataset != "imagenet" and name.lower().startswith(("mobile", "shuffle")):
-        return 0.01
-    return recipe_of(args)["lr"]
+    recipe = recipe_of(args)
+    small = recipe is RECIPES["cifar"] and name.lower().startswith(("mobile", "shuffle"))
+    return 0.01 if small else recipe["lr"]
 
 
 def main(args) -> dict:
@@ -391,12 +418,12 @@ def main(args) -> dict:
         nesterov=args.nesterov,
         weight_decay=args.weight_decay,
     )
-    faster = torch.compile if args.compile else lambda network: network
-    run_student, run_teacher = faster(student), teacher and faster(teacher.net)
+    run_student, run_teacher = compiled(args, student, teacher and teacher.net)
 
     state = {"student": student, "helpers": helpers, "optimizer": optimizer}
     state |= {"data": data.fingerprint, "teacher": teacher and teacher.hash}
-    first_epoch, steps = run.restore(**state), data.steps(args.batch_size)
+    torch.manual_seed(args.seed)  # dropout: the same whatever else was built or trained above
+    steps, first_epoch = data.steps(args.batch_size), run.restore(**state)
     for epoch in range(first_epoch, args.epochs):
         student.train()
         helpers.train()
@@ -445,7 +472,8 @@ def main(args) -> dict:
             optimizer.step()
             meter.add(logits, labels, terms)
 
-        metrics = meter.close() | {"test_top1": evaluate(student, data, args), "lr": lr}
+        metrics = meter.close() | {"test_top1": evaluate(student, data, args)}
+        metrics["lr"] = optimizer.param_groups[0]["lr"]
         meter.report(metrics)
         run.end_epoch(metrics, **state)
     # [end]
@@ -476,6 +504,7 @@ def draw_correlation_gap(student, teacher, data, path) -> float:
     all K^2 entries. What the paper calls a correlation is a mean of standardised logits."""
     gap = (class_relations(student, data) - class_relations(teacher, data)).abs()
     gap.fill_diagonal_(0)
+    gap = gap[data.test.labels.unique()]  # a class without test images (--val-size) has no row
     figure, axis = pyplot().subplots(figsize=(6, 5))
     figure.colorbar(axis.imshow(gap.cpu().numpy(), cmap="Blues", vmin=0, vmax=3))
     axis.set(xlabel="logit of class", ylabel="true class")
@@ -498,7 +527,7 @@ def draw_embeddings(student, teacher, data, path) -> None:
         x = (x @ plane.T).cpu().numpy()
         for k in labels.unique().tolist():
             mine = x[(labels == k).cpu().numpy()]
-            axis.scatter(mine[:, 0], mine[:, 1], s=6, label=data.classes[k])
+            axis.scatter(mine[:, 0], mine[:, 1], s=6, label=as_text(data.classes[k]))
         axis.set(title=f"{name}: embeddings, two principal components", xticks=[], yticks=[])
     axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, path)
@@ -540,7 +569,9 @@ def transfer(args) -> dict:
     )
     state = {"networks": networks, "optimizer": optimizer}
     state |= {"data": data.fingerprint, "student or teacher": hashes}
-    first_epoch, steps = run.restore(**state), data.steps(args.batch_size)
+    steps, first_epoch = data.steps(args.batch_size), run.restore(**state)
+    if run.saved is None:  # under torchrun every process does all of it: with the same dropout
+        torch.manual_seed(args.seed)
     for epoch in range(first_epoch, args.epochs):
         meter = Meter(args, epoch, len(data.train.labels))
         networks.train(args.transfer_bn == "batch")
@@ -562,8 +593,8 @@ def transfer(args) -> dict:
             meter.add(logits["student"], labels, terms)
 
         top1 = {name: evaluate(network, data, args) for name, network in networks.items()}
-        metrics = meter.close() | {"test_top1": top1["student"], "lr": args.lr / divisor}
-        metrics |= {"teacher_test_top1": top1.get("teacher")}
+        metrics = meter.close() | {"test_top1": top1["student"]}
+        metrics |= {"lr": optimizer.param_groups[0]["lr"], "teacher_test_top1": top1.get("teacher")}
         meter.report(metrics)
         run.end_epoch(metrics, **state)
 
@@ -571,7 +602,7 @@ def transfer(args) -> dict:
     if "teacher" in networks:
         last = run.history[-1]["teacher_test_top1"]
         teacher = Teacher(networks["teacher"], last, hashes["teacher"])
-    return run.finish(networks["student"], data, teacher)
+    return run.finish(networks["student"], data, teacher, student_hash=hashes["student"])
 
 
 def program(argv=None) -> None:

@@ -107,6 +107,12 @@ def _full(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _alike(a: torch.Tensor, b: torch.Tensor) -> None:
+    """ValueError: their shapes differ, so that they would broadcast to a wrong loss."""
+    if a.shape != b.shape:
+        raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)}: must be the same")
+
+
 def _unit(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
     """x / |x|, or 0 with zero gradient where |x| < 1e-7: too short to have a direction."""
     norm = x.norm(dim=dim, keepdim=True)
@@ -140,6 +146,7 @@ def nd_loss(
     """
     s, t = _rows(student_emb, teacher_emb)  # [B,D]
     e = _unit(_full(class_means.detach()))[labels]  # e_y = c_y / |c_y|  [B,D]
+    _alike(s, e)
     longer = torch.maximum(s.norm(dim=1), t.norm(dim=1))  # max(|s|, |t|)  [B]
     longer = longer.masked_fill(longer < 1e-7, float("inf"))  # both zero: nothing to learn from
     return (1 - (s * e).sum(1) / longer).mean()
@@ -153,6 +160,7 @@ def kd_loss(
     [B,K] logits, finite. T^2 undoes the 1/T^2 that the temperature puts on the gradient, so that
     one weight serves about every T. Usual weight 1 (up to 4). Source: arXiv 1503.02531.
     """
+    _alike(student_logits, teacher_logits)
     log_s = F.log_softmax(_full(student_logits) / temperature, 1)  # [B,K]
     log_t = F.log_softmax(_full(teacher_logits.detach()) / temperature, 1)
     return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
@@ -210,8 +218,7 @@ def hcl_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor])
     total = 0.0
     for s, t in zip(student_maps, teacher_maps, strict=True):
         s, t = _full(s), _full(t.detach())
-        if s.shape != t.shape:
-            raise ValueError(f"maps {tuple(s.shape)} and {tuple(t.shape)}")
+        _alike(s, t)
         loss, weight_sum, scale = (s - t).square().mean(), 1.0, 1.0
         for size in (4, 2, 1):
             if size < s.shape[-2]:
@@ -530,7 +537,8 @@ def main(args) -> dict:
             average_gradients(optimizer)  # over the processes, if there are several
             optimizer.step()
 
-        metrics = meter.close() | evaluate_detector(student, data, args) | {"lr": lr}
+        metrics = meter.close() | evaluate_detector(student, data, args)
+        metrics["lr"] = optimizer.param_groups[0]["lr"]
         meter.report(metrics)
         run.end_epoch(metrics, **state)
 

@@ -91,10 +91,12 @@ from common import (  # nothing in there knows about distillation
     UserError,  # ends the program with one line and status 2
     YesNo,  # --flag and --no-flag
     add_run_arguments,
+    as_text,
     autocast,
     average_gradients,
     below_one,
     build_model,  # network(x, return_features=True) -> logits, (.embedding, .maps, .preact)
+    compiled,  # torch.compile, under --compile
     device_name,
     evaluate,
     flag,  # "--its-name"
@@ -135,6 +137,12 @@ def _full(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _alike(a: torch.Tensor, b: torch.Tensor) -> None:
+    """ValueError: their shapes differ, so that they would broadcast to a wrong loss."""
+    if a.shape != b.shape:
+        raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)}: must be the same")
+
+
 def kd_loss(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 4.0
 ) -> torch.Tensor:
@@ -143,6 +151,7 @@ def kd_loss(
     [B,K] logits, finite. T^2 undoes the 1/T^2 that the temperature puts on the gradient, so that
     one weight serves about every T. Usual weight 1 (up to 4). Source: arXiv 1503.02531.
     """
+    _alike(student_logits, teacher_logits)
     log_s = F.log_softmax(_full(student_logits) / temperature, 1)  # [B,K]
     log_t = F.log_softmax(_full(teacher_logits.detach()) / temperature, 1)
     return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
@@ -596,9 +605,10 @@ def default_weight(metric: str, recipe: str, normalize_by_dim: bool = False) -> 
 
 
 def feature_distance(
-    args, student_emb, teacher_emb, labels, student_logits, teacher_logits
+    args, student_emb, teacher_emb, labels, student_logits, teacher_logits, seed=None
 ) -> torch.Tensor:
-    """The metric of the command line, with its options. UserError: it cannot be computed."""
+    """The metric of the command line, with its options. UserError: it cannot be computed.
+    seed: of what a metric draws, so that all processes of torchrun draw alike."""
     name, inputs, options = args.metric, [student_emb, teacher_emb], {}
     if name in ("cw2_empirical", "cw2_gaussian"):
         inputs.append(labels)
@@ -610,6 +620,8 @@ def feature_distance(
     if name == "jw2_empirical":
         inputs += [student_logits, teacher_logits]
         options["beta"] = args.beta
+    if name == "sliced_w2":
+        options["seed"] = seed
     try:
         distance = METRICS[name](*inputs, **options)
     except ValueError as error:
@@ -705,7 +717,7 @@ def draw_features(args, data, student, projector, teacher, path) -> None:
         shadow = ((x - centre) @ plane.T).cpu().numpy()
         for k in labels.unique().tolist():
             mine = shadow[(labels == k).cpu().numpy()]
-            axis.scatter(mine[:, 0], mine[:, 1], s=8, label=data.classes[k])
+            axis.scatter(mine[:, 0], mine[:, 1], s=8, label=as_text(data.classes[k]))
         axis.set_title(name)
     axes[2].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, path)
@@ -871,12 +883,12 @@ def main(args) -> dict:
         nesterov=args.nesterov,
         weight_decay=args.weight_decay,
     )
-    faster = torch.compile if args.compile else lambda network: network
-    run_student, run_teacher = faster(student), teacher and faster(teacher.net)
+    run_student, run_teacher = compiled(args, student, teacher and teacher.net)
 
     state = {"student": student, "helpers": helpers, "optimizer": optimizer}
     state |= {"data": data.fingerprint, "teacher": teacher and teacher.hash}
-    first_epoch, steps = run.restore(**state), data.steps(args.batch_size)
+    torch.manual_seed(args.seed)  # dropout: the same whatever else was built or trained above
+    steps, first_epoch = data.steps(args.batch_size), run.restore(**state)
     for epoch in range(first_epoch, args.epochs):
         student.train()
         helpers.train()
@@ -915,7 +927,7 @@ def main(args) -> dict:
             ce = F.cross_entropy(logits.float(), labels)
             if args.metric_weight:
                 inputs = embedding, teacher_emb, labels, logits, teacher_logits
-                distance = feature_distance(args, *inputs)
+                distance = feature_distance(args, *inputs, seed=shuffle * steps + step)
                 # How large the term is beside the cross-entropy: no loss, but worth watching.
                 ratio = args.metric_weight * distance.detach() / ce.detach().clamp_min(1e-6)
             if args.kd_weight:
@@ -930,7 +942,8 @@ def main(args) -> dict:
             optimizer.step()
             meter.add(logits, labels, terms)
 
-        metrics = meter.close() | {"test_top1": evaluate(student, data, args), "lr": lr}
+        metrics = meter.close() | {"test_top1": evaluate(student, data, args)}
+        metrics["lr"] = optimizer.param_groups[0]["lr"]
         meter.report(metrics)
         run.end_epoch(metrics, **state)
     # [end]

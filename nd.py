@@ -67,6 +67,7 @@ from common import (  # nothing in there knows about distillation
     average_gradients,
     below_one,
     build_model,  # network(x, return_features=True) -> logits, (.embedding, .maps, .preact)
+    compiled,  # torch.compile, under --compile
     evaluate,
     gather,  # under torchrun: rows of all processes, with gradient
     get_teacher,  # loads it, or trains it first by calling main
@@ -93,6 +94,12 @@ from common import (  # nothing in there knows about distillation
 def _full(x: torch.Tensor) -> torch.Tensor:
     """bfloat16 and float16 become float32; float32 and float64 stay."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> None:
+    """ValueError: their shapes differ, so that they would broadcast to a wrong loss."""
+    if a.shape != b.shape:
+        raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)}: must be the same")
 
 
 def _unit(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
@@ -128,6 +135,7 @@ def nd_loss(
     """
     s, t = _rows(student_emb, teacher_emb)  # [B,D]
     e = _unit(_full(class_means.detach()))[labels]  # e_y = c_y / |c_y|  [B,D]
+    _alike(s, e)
     longer = torch.maximum(s.norm(dim=1), t.norm(dim=1))  # max(|s|, |t|)  [B]
     longer = longer.masked_fill(longer < 1e-7, float("inf"))  # both zero: nothing to learn from
     return (1 - (s * e).sum(1) / longer).mean()
@@ -139,6 +147,7 @@ def direction_loss(
     """Direction alone: mean of 1 - cos(s, c_y). [B,D], [K,D], [B]. Usual weight 1."""
     s = _unit(_full(student_emb).flatten(1))  # [B,D]
     e = _unit(_full(class_means.detach()))[labels]
+    _alike(s, e)
     return (1 - (s * e).sum(1)).mean()
 
 
@@ -156,6 +165,7 @@ def kd_loss(
     [B,K] logits, finite. T^2 undoes the 1/T^2 that the temperature puts on the gradient, so that
     one weight serves about every T. Usual weight 1 (up to 4). Source: arXiv 1503.02531.
     """
+    _alike(student_logits, teacher_logits)
     log_s = F.log_softmax(_full(student_logits) / temperature, 1)  # [B,K]
     log_t = F.log_softmax(_full(teacher_logits.detach()) / temperature, 1)
     return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
@@ -185,6 +195,7 @@ def dkd_loss(
         binary = torch.cat([log_p.gather(1, labels[:, None]), log_rest], 1)  # [B,2]
         return binary, F.log_softmax(others, 1)  # [B,2], [B,K]
 
+    _alike(student_logits, teacher_logits)
     binary_s, others_s = split(student_logits)
     binary_t, others_t = split(teacher_logits.detach())
     tckd = F.kl_div(binary_s, binary_t, reduction="batchmean", log_target=True)
@@ -206,6 +217,7 @@ def dist_loss(
     for a column needs the whole batch. A row or column that is constant, or varies by less than
     1e-7, has correlation 0. Usual weight 1.5 to 7. Source: arXiv 2205.10536.
     """
+    _alike(student_logits, teacher_logits)
     p_s = F.softmax(_full(student_logits) / temperature, 1)  # [B,K]
     p_t = F.softmax(_full(teacher_logits.detach()) / temperature, 1)
 
@@ -272,8 +284,7 @@ def hcl_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor])
     total = 0.0
     for s, t in zip(student_maps, teacher_maps, strict=True):
         s, t = _full(s), _full(t.detach())
-        if s.shape != t.shape:
-            raise ValueError(f"maps {tuple(s.shape)} and {tuple(t.shape)}")
+        _alike(s, t)
         loss, weight_sum, scale = (s - t).square().mean(), 1.0, 1.0
         for size in (4, 2, 1):
             if size < s.shape[-2]:
@@ -299,7 +310,7 @@ def compute_class_means(
     used in eval mode. add_up: called with the sums and the counts, to add those of all processes in
     place, where each sees its share of the images. ValueError: a class without samples.
     """
-    was_training = teacher.training
+    modes = {module: module.training for module in teacher.modules()}
     teacher.eval()
     sums = counts = None
     for images, labels in batches:
@@ -311,7 +322,8 @@ def compute_class_means(
         counts += labels.bincount(minlength=num_classes)
     if sums is not None and add_up:
         add_up(sums, counts)
-    teacher.train(was_training)
+    for module, mode in modes.items():
+        module.training = mode
     missing = [0] if sums is None else (counts == 0).nonzero().flatten().tolist()
     if missing:
         raise ValueError(f"class means: no training image of class {missing[0]}")
@@ -450,11 +462,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.nesterov = args.nesterov and args.momentum > 0
     if args.base != "dkd" and (args.dkd_alpha, args.dkd_beta) != (None, None):
         raise UserError("--dkd-alpha, --dkd-beta: only for --base dkd")
+    if args.base == "reviewkd" and args.deterministic and pick_device(args.device).type == "cuda":
+        raise UserError("--base reviewkd: its pooling has no deterministic form on a GPU")
     if args.batch_size < 2:
         raise UserError("--batch-size 1: BatchNorm needs 2 or more")
     if not args.eval:
         fill_weights(args)
-        if not args.ce_weight and (not args.kd_weight or args.base == "reviewkd"):
+        trains = args.dkd_alpha or args.dkd_beta if args.base == "dkd" else args.base != "reviewkd"
+        if not args.ce_weight and not (args.kd_weight and trains):  # the base, the classifier
             raise UserError("--ce-weight 0: nothing else here trains the classifier")
         args.method = method_name(args)
     return args
@@ -503,6 +518,8 @@ def main(args) -> dict:
         if args.base == "reviewkd" and args.kd_weight:
             student_channels = [m.shape[1] for m in review_maps(student_sees, before_relu=False)]
             teacher_channels = [m.shape[1] for m in review_maps(teacher_sees, before_relu=True)]
+            if len(teacher_channels) == 1:
+                raise UserError(f"--base reviewkd: {args.teacher} gives no maps; choose another")
             if len(student_channels) != len(teacher_channels):
                 raise UserError(
                     f"--base reviewkd: {args.teacher} has {len(teacher_channels) - 1} stages and"
@@ -529,12 +546,12 @@ def main(args) -> dict:
         nesterov=args.nesterov,
         weight_decay=args.weight_decay,
     )
-    faster = torch.compile if args.compile else lambda network: network
-    run_student, run_teacher = faster(student), teacher and faster(teacher.net)
+    run_student, run_teacher = compiled(args, student, teacher and teacher.net)
 
     state = {"student": student, "helpers": helpers, "optimizer": optimizer}
     state |= {"data": data.fingerprint, "teacher": teacher and teacher.hash}
-    first_epoch, steps = run.restore(**state), data.steps(args.batch_size)
+    torch.manual_seed(args.seed)  # dropout: the same whatever else was built or trained above
+    steps, first_epoch = data.steps(args.batch_size), run.restore(**state)
     for epoch in range(first_epoch, args.epochs):
         student.train()
         helpers.train()
@@ -601,7 +618,8 @@ def main(args) -> dict:
             optimizer.step()
             meter.add(logits, labels, terms)
 
-        metrics = meter.close() | {"test_top1": evaluate(student, data, args), "lr": lr}
+        metrics = meter.close() | {"test_top1": evaluate(student, data, args)}
+        metrics["lr"] = optimizer.param_groups[0]["lr"]
         meter.report(metrics)
         run.end_epoch(metrics, **state)
     # [end]

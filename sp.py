@@ -39,7 +39,7 @@ learning rate and a warm-up of KD.)
 
 Differs from the paper and from other code:
  1. Rows are divided by their L2 norm, after the product. (torchdistill's rows are divided by their
-    L1 norm.) A zero row of the product stays zero instead of becoming 0/0.
+    L1 norm.) A row of zeros stays zero instead of becoming 0/0.
  2. One pair of maps, the last stage outputs, as in RepDistiller, whose code one of the authors
     checked. --sp-maps all: all stage outputs, summed. In WRN and MobileNetV2 these come before any
     ReLU, so that they have negative entries.
@@ -71,11 +71,14 @@ from common import (  # nothing in there knows about distillation
     UserError,  # ends the program with one line and status 2
     YesNo,  # --flag and --no-flag
     add_run_arguments,
+    as_text,
     autocast,
     average_gradients,
     below_one,
     build_model,  # network(x, return_features=True) -> logits, (.embedding, .maps, .preact)
+    compiled,  # torch.compile, under --compile
     evaluate,
+    flag,
     gather,  # under torchrun: rows of all processes, with gradient
     get_teacher,  # loads it, or trains it first by calling main
     launch,  # --seeds and --compare: calls main once per run
@@ -105,6 +108,12 @@ def _full(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _alike(a: torch.Tensor, b: torch.Tensor) -> None:
+    """ValueError: their shapes differ, so that they would broadcast to a wrong loss."""
+    if a.shape != b.shape:
+        raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)}: must be the same")
+
+
 def _unit(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
     """x / |x|, or 0 with zero gradient where |x| < 1e-7: too short to have a direction."""
     norm = x.norm(dim=dim, keepdim=True)
@@ -129,7 +138,7 @@ def _similarities(q: torch.Tensor) -> torch.Tensor:
     q = _scaled(q, (-2, -1))
     with torch.autocast(q.device.type, enabled=False):  # what differs is small: not in bfloat16
         gram = q @ q.mT  # [...,N,N]
-    return _unit(gram, dim=-1)
+    return _unit(_scaled(gram, (-1,)), dim=-1)
 
 
 def sp_loss(student_map: torch.Tensor, teacher_map: torch.Tensor) -> torch.Tensor:
@@ -219,6 +228,7 @@ def kd_loss(
     [B,K] logits, finite. T^2 undoes the 1/T^2 that the temperature puts on the gradient, so that
     one weight serves about every T. Usual weight 1 (up to 4). Source: arXiv 1503.02531.
     """
+    _alike(student_logits, teacher_logits)
     log_s = F.log_softmax(_full(student_logits) / temperature, 1)  # [B,K]
     log_t = F.log_softmax(_full(teacher_logits.detach()) / temperature, 1)
     return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
@@ -289,6 +299,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.nesterov = args.nesterov and args.momentum > 0
     if args.sp_weight is None:
         args.sp_weight = RELATIONS[args.relation][1]
+    if not args.sp_weight:
+        for name in ("relation", "sp_maps", "sp_weight_batch"):
+            if getattr(args, name) != parser.get_default(name):
+                raise UserError(f"{flag(name)}: has no use with --sp-weight 0; leave it")
     if args.sp_weight_batch and args.relation != "sp":
         raise UserError(
             f"--sp-weight-batch: {args.relation} does not fall with the batch; leave it"
@@ -355,18 +369,22 @@ def draw_similarities(args, data, teacher, student, path) -> None:
     plain = build_model(args.student, data.num_classes)
     load_weights(plain, path.parent / "ce" / "student.pt")
     plain = plain.to(data.device, memory_format=torch.channels_last)
-    images, _ = data.test_batch(per_class=20, classes=10)
+    images, labels = data.test_batch(per_class=20, classes=10)
     networks = {args.teacher: teacher.net, f"{args.student}, CE": plain}
     networks[f"{args.student}, {args.method}"] = student
     figure, axes = pyplot().subplots(1, 3, figsize=(14, 4.6))
     outputs = [network.eval()(images, return_features=True)[1] for network in networks.values()]
     flat = [(f.maps[-1] if f.maps else f.embedding).flatten(1).float() for f in outputs]
     matrices = torch.stack([_similarities(q) for q in flat]).cpu().numpy()
+    starts = [(labels == k).nonzero()[0].item() for k in labels.unique()]  # of each class
+    names = [as_text(data.classes[k]) for k in labels.unique().tolist()]
     for axis, name, q, matrix in zip(axes, networks, flat, matrices):
         image = axis.imshow(matrix, vmin=0, vmax=np.quantile(matrices, 0.995))
-        value = "" if q is flat[0] else f": sp {sp_loss(q, flat[0]):.2e} on these {len(q)}"
-        axis.set(title=name + value, xlabel="test images of ten classes, sorted")
-    figure.colorbar(image, ax=axes)
+        value = "teacher" if q is flat[0] else f"sp {sp_loss(q, flat[0]):.2e} to the teacher"
+        axis.set(title=f"{name}\n{value}", xticks=starts, yticks=starts, yticklabels=[])
+        axis.set_xticklabels(names, rotation=90)
+    axes[0].set(ylabel=f"{len(labels)} test images, sorted by class", yticklabels=names)
+    figure.colorbar(image, ax=axes, label="similarity of two images (entry of G)")
     save_figure(figure, path)
 
 
@@ -413,12 +431,12 @@ def main(args) -> dict:
         nesterov=args.nesterov,
         weight_decay=args.weight_decay,
     )
-    faster = torch.compile if args.compile else lambda network: network
-    run_student, run_teacher = faster(student), teacher and faster(teacher.net)
+    run_student, run_teacher = compiled(args, student, teacher and teacher.net)
 
     state = {"student": student, "helpers": helpers, "optimizer": optimizer}
     state |= {"data": data.fingerprint, "teacher": teacher and teacher.hash}
-    first_epoch, steps = run.restore(**state), data.steps(args.batch_size)
+    torch.manual_seed(args.seed)  # dropout: the same whatever else was built or trained above
+    steps, first_epoch = data.steps(args.batch_size), run.restore(**state)
     for epoch in range(first_epoch, args.epochs):
         student.train()
         helpers.train()
@@ -469,7 +487,8 @@ def main(args) -> dict:
             optimizer.step()
             meter.add(logits, labels, terms)
 
-        metrics = meter.close() | {"test_top1": evaluate(student, data, args), "lr": lr}
+        metrics = meter.close() | {"test_top1": evaluate(student, data, args)}
+        metrics["lr"] = optimizer.param_groups[0]["lr"]
         meter.report(metrics)
         run.end_epoch(metrics, **state)
     # [end]

@@ -29,10 +29,11 @@ def forget_loaded_data():
 @pytest.fixture
 def few_shapes(monkeypatch):
     """The splits of `shapes` cut to 72 images of half the size: tests need no accuracy."""
+    import ranks
+
     import common
 
-    draw = common.draw_shapes
-    monkeypatch.setattr(common, "draw_shapes", lambda n, s, size: draw(min(n, 72), s, size // 2))
+    monkeypatch.setattr(common, "draw_shapes", ranks.few(common.draw_shapes))
 
 
 @pytest.fixture

@@ -80,6 +80,7 @@ class Bomb:
 def make_bad_files():
     net = common.build_model("resnet8", 24)
     torch.save(net.state_dict(), "chance.pth")
+    torch.save(net.state_dict() | {"fc.bias": torch.full((24,), torch.nan)}, "nan.pth")
     Path("torn.pth").write_bytes(Path("chance.pth").read_bytes()[:5000])
     Path("torn").mkdir()
     Path("torn/last.pt").write_bytes(Path("chance.pth").read_bytes()[:5000])

@@ -1,7 +1,5 @@
 """What tests/test_ranks.py runs in several processes, and in one, to compare the two.
 
-    torchrun --nproc_per_node=2 tests/ranks.py FOLDER
-
 Every case is three steps of a script's own `main`. Networks have no BatchNorm, which sees a
 process's own images, so that nothing but rounding may differ from one process.
 """
@@ -35,20 +33,24 @@ CASES = {
     "mse": (kd2m, "--metric mse --projector linear"),
     "jw2": (kd2m, "--metric jw2_empirical"),
     "cw2": (kd2m, "--metric cw2_gaussian"),
+    "sliced_w2": (kd2m, "--metric sliced_w2"),
 }
 # Not to compare with one process, but everything that is trained has to stay alike.
 SYNCHRONOUS = {
-    "sliced_w2": (kd2m, "--metric sliced_w2"),
     "bf16": (sp, "--kd-weight 1 --precision bf16"),
     "local": (dcd, "--gather local"),
     "batchnorm and projector": (nd, "--student wrn_16_2"),
 }
 
 
+def few(draw):
+    """Of `draw_shapes`: one that makes splits of 72 images of half the size."""
+    return lambda count, seed, size: draw(min(count, 72), seed, size // 2)
+
+
 def few_shapes():
-    """From here on, in this process, the splits of `shapes` have 72 images of half the size."""
-    draw = common.draw_shapes
-    common.draw_shapes = lambda count, seed, size: draw(min(count, 72), seed, size // 2)
+    """From here on, in this process."""
+    common.draw_shapes = few(common.draw_shapes)
 
 
 def without_batchnorm(net):
@@ -63,12 +65,7 @@ def run_case(folder, name):
     """-> the metrics of the epoch, what was trained, the gradients of the last step."""
     script, flags = (CASES | SYNCHRONOUS)[name]
     plain, trained = name in CASES, {}
-    build, near_chance, review, draw = (
-        common.build_model,
-        common.near_chance,
-        nd.ReviewKD,
-        common.draw_shapes,
-    )
+    build, near_chance, review = common.build_model, common.near_chance, nd.ReviewKD
 
     def build_model(*args, **kwargs):
         return without_batchnorm(build(*args, **kwargs)) if plain else build(*args, **kwargs)
@@ -82,7 +79,6 @@ def run_case(folder, name):
     argv += ["--teacher-ckpt", str(folder / ("plain.pth" if plain else "teacher.pth"))]
     common.build_model = script.build_model = build_model
     common.near_chance = lambda *_: False  # a teacher that knows nothing will do
-    common.draw_shapes = lambda count, *rest: draw(min(count, 72), *rest)
     nd.ReviewKD = lambda *widths: without_batchnorm(review(*widths))
     script.average_gradients = average_gradients
     try:
@@ -90,7 +86,7 @@ def run_case(folder, name):
     finally:
         common.build_model = script.build_model = build
         common.near_chance, script.average_gradients = near_chance, common.average_gradients
-        common.draw_shapes, nd.ReviewKD = draw, review
+        nd.ReviewKD = review
     weights = [p.detach() for p in trained["all"]]
     gradients = [p.grad for p in trained["all"]]
     line = (out / "metrics.jsonl").read_text()
@@ -140,6 +136,27 @@ EXACT = {
 }
 
 
+def probe(folder):
+    """A probe in train mode of a student with dropout, of which every process does all."""
+    torch.manual_seed(1)
+    torch.save(common.build_model("mobilenet_v3_small", 5).state_dict(), folder / "student.pt")
+    found, finish = {}, common.Run.finish
+
+    def spy(self, student, *rest, **more):
+        found.update(student.state_dict())
+        return finish(self, student, *rest, **more)
+
+    command = "--transfer shapes --train-size 48 --batch-size 24 --epochs 1 --transfer-bn batch"
+    command += " --student mobilenet_v3_small --device cpu --teacher resnet8 --student-ckpt"
+    common.Run.finish = spy
+    try:
+        more = f"{folder}/student.pt --teacher-ckpt {folder}/teacher.pth --out {folder}/probe"
+        dcd.program(f"{command} {more}".split())
+    finally:
+        common.Run.finish = finish
+    return found["classifier.3.weight"]
+
+
 def local_meter():
     """With --gather local a process adds its own share; the epoch's line is of all of them."""
     meter = common.Meter(argparse.Namespace(epochs=1, gather="local"), 0, 21)
@@ -152,9 +169,9 @@ def local_meter():
 
 def of_metric(name):
     def loss(s, t, y, z, tz, heads):
-        torch.manual_seed(0)  # the same lines for sliced_w2
         extra = [y] if name.startswith("cw2") else [z, tz] if name == "jw2_empirical" else []
-        return kd2m.METRICS[name](s, t, *extra)
+        options = {"seed": 0} if name == "sliced_w2" else {}
+        return kd2m.METRICS[name](s, t, *extra, **options)
 
     return loss
 
@@ -163,12 +180,8 @@ EXACT |= {name: of_metric(name) for name in kd2m.METRICS}
 
 
 def program(argv):
-    folder = Path(argv[0] if argv else sys.argv[1])
+    folder = Path(argv[0])
     results = {name: run_case(folder, name) for name in (*CASES, *SYNCHRONOUS)}
     results |= {f"exact {name}": exact(name) for name in EXACT}
-    results["local meter"] = local_meter()
+    results["local meter"], results["probe"] = local_meter(), probe(folder)
     torch.save(results, folder / f"rank{common.rank()}.pt")
-
-
-if __name__ == "__main__":
-    sys.exit(common.run_program(program))

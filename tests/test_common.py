@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import time
 
@@ -154,6 +155,34 @@ def test_folding_batchnorm_keeps_the_outputs(name):
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
+def test_maps_of_torchvisions_families():
+    for name, channels in (
+        ("shufflenet_v2_x0_5", [24, 24, 48, 96, 1024]),
+        ("mnasnet0_5", [8, 16, 24, 48, 1280]),
+        ("mobilenet_v3_small", [16, 16, 24, 48, 576]),
+    ):
+        _, features = in_eval(name, 7)(torch.randn(1, 3, 64, 64), return_features=True)
+        assert [m.shape[1] for m in features.maps] == channels
+        assert [m.shape[2] for m in features.maps] == [32, 16, 8, 4, 2]
+
+    class Regnet(torch.nn.Module):  # its names, not its size
+        def __init__(self):
+            super().__init__()
+            self.stem, self.fc = torch.nn.Conv2d(3, 4, 1), torch.nn.Linear(6, 7)
+            self.trunk_output = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 1, 2))
+
+        def forward(self, x):
+            return self.fc(self.trunk_output(self.stem(x)).mean((2, 3)))
+
+    def maps(net):
+        return common._with_features(net, "tiny", 7)(torch.zeros(1, 3, 8, 8), True)[1].maps
+
+    assert [m.shape for m in maps(Regnet())] == [(1, 6, 4, 4)]
+    transformer = Regnet()
+    transformer.conv_proj = torch.nn.Identity()
+    assert maps(transformer) == []
+
+
 @pytest.mark.parametrize("wrap", [None, "model", "state_dict", "student"])
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_load_weights_takes_the_usual_layouts(tmp_path, wrap, prefix):
@@ -163,6 +192,9 @@ def test_load_weights_takes_the_usual_layouts(tmp_path, wrap, prefix):
     load_weights(other, tmp_path / "a.pth")
     for name, value in net.named_parameters():
         assert torch.equal(value, other.get_parameter(name))
+    if wrap == "model":  # whatever else lies beside it
+        torch.save({"model": state, "state": {"epoch": 3}}, tmp_path / "b.pth")
+        load_weights(build_model("resnet8", 10), tmp_path / "b.pth")
 
 
 def refuse(tmp_path, content, words, net="resnet8"):
@@ -206,6 +238,25 @@ def test_bad_checkpoints_are_refused(tmp_path, monkeypatch):
     refuse(tmp_path, saved({"epoch": 3}), "no state dict")
     with pytest.raises(UserError, match="no such file"):
         load_weights(build_model("resnet8", 10), tmp_path / "absent.pth")
+    with pytest.raises(UserError, match="not a file"):
+        load_weights(build_model("resnet8", 10), tmp_path)
+    for odd, words in ((torch.zeros(10).to_sparse(), "plain numbers"),
+                       (torch.full((10,), torch.inf), "infinite or nan")):  # fmt: skip
+        torch.save(build_model("resnet8", 10).state_dict() | {"fc.bias": odd}, tmp_path / "odd.pth")
+        with pytest.raises(UserError, match=words):
+            load_weights(build_model("resnet8", 10), tmp_path / "odd.pth")
+
+
+def test_names_are_found_however_they_are_spelled():
+    for spelled, name in (("RESNET20", "resnet20"), ("WRN-40-2", "wrn_40_2"), ("Vgg8", "vgg8")):
+        with pytest.raises(UserError, match=f"did you mean {name},"):
+            build_model(spelled, 10)
+
+
+def test_near_chance():
+    for classes, least in ((100, 2), (10, 20), (3, 200 / 3), (2, 60)):
+        assert common.near_chance(least - 0.1, classes)
+        assert not common.near_chance(least + 0.1, classes)
 
 
 def test_every_cut_of_a_checkpoint_is_refused(tmp_path):
@@ -418,6 +469,23 @@ def test_sixteen_bit_grey_is_scaled_and_hidden_files_are_skipped(tmp_path):
     data = common.load_data(arguments(dataset="folder", data_dir=str(tmp_path)), CPU)
     assert data.classes == ["class0", "class1", "class2"] and len(data.train.labels) == 13
     assert np.array_equal(data.train.images[4, :, :, 0].numpy(), ramp // 256)
+    for name, values in (("a.pgm", ramp), ("b.tif", ramp.astype(">u2")), ("c.tif", ramp + 0)):
+        image = Image.fromarray(values.astype(np.int32)) if name == "c.tif" else None
+        (image or Image.fromarray(values)).save(tmp_path / name)
+        assert np.array_equal(np.asarray(common.read_rgb(tmp_path / name))[..., 0], ramp // 256)
+    for name, values in (("d.tif", ramp / 65535.0), ("e.tif", ramp.astype(np.int32) * 1000)):
+        Image.fromarray(values.astype(np.float32 if name == "d.tif" else np.int32)).save(
+            tmp_path / name
+        )
+        with pytest.raises(UserError, match="not known which is white"):
+            common.read_rgb(tmp_path / name)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    tree(tmp_path)
+    os.mkfifo(tmp_path / "train" / "class0" / "pipe.png")
+    with pytest.raises(UserError, match="pipe.png: not a file"):
+        common.load_data(arguments(dataset="folder", data_dir=str(tmp_path)), CPU)
 
 
 def test_swapped_class_folders_are_decoded_again(tmp_path):
@@ -569,6 +637,10 @@ def test_table_is_computed_from_results(tmp_path, capsys):
     assert "| KD --sp-weight 10.0 | 1 | 50.00 |" in out
     assert "| d (validation), 1,000, 3 | t (70.00) | s | KD | 1 | 40.00 |" in out
     # other numbers of processes, other images: neither one row nor compared
+    # probes of two students with one seed are two runs; the same run twice is one
+    rows = [dict(base, method="probe", student_top1=t, seed=0, student_hash=h)
+            for t, h in ((60.0, "a"), (62.0, "b"), (62.0, "b"))]  # fmt: skip
+    assert "| probe | 2 | 61.00 ± 1.41 |" in common.table(rows)
     rows = [dict(base, method="KD", student_top1=60.0 + s, seed=s, world_size=2) for s in (0, 1)]
     rows += [dict(r, student_top1=40.0, world_size=8) for r in rows]
     out = common.table(rows)
@@ -579,6 +651,9 @@ def test_table_is_computed_from_results(tmp_path, capsys):
     out = common.table(rows)
     assert "| CE | 2 | 60.00 ± 0.00 | 60.00, 60.00 | - |" in out
     assert "| KD | 2 | 60.00 ± 0.00 | 60.00, 60.00 | SP |" in out
-    (tmp_path / "bad.json").write_text('{"method": "KD", "stu')
-    with pytest.raises(UserError, match="bad.json"):
-        common.print_table([str(tmp_path / "bad.json")])
+    for bad in ('{"method": "KD", "stu', "[" * 100_000, '["method"]',
+                json.dumps(rows[0] | {"args": [1]}), json.dumps(rows[0] | {"student_ap": 3.0}),
+                json.dumps(rows[0]).replace("60.0", "1" + "0" * 400)):  # fmt: skip
+        (tmp_path / "bad.json").write_text(bad)
+        with pytest.raises(UserError, match="bad.json"):
+            common.print_table([str(tmp_path / "bad.json")])

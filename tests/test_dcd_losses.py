@@ -119,6 +119,20 @@ def test_each_term_equals_its_loop(which):
     assert torch.allclose(module(*data), oracle_terms(rows)[which], rtol=1e-11)
 
 
+def test_alpha_and_the_largest_scale_are_used():
+    s, t = embeddings()
+    module = loss_module(alpha=3.0, max_scale=4.0, init_tau=9.0)
+    similarity = module.similarity(s, t)
+    parts = dcd.contrastive_loss(similarity), dcd.consistency_loss(similarity)
+    assert torch.allclose(module(s, t), parts[0] + 3 * parts[1], rtol=1e-12)
+    assert math.isclose(module.scale().item(), 4, rel_tol=1e-6)
+
+
+def test_a_short_vector_has_a_direction():
+    short = torch.tensor([[3e-6, 4e-6], [0.0, 1e-8]])
+    assert torch.allclose(dcd._unit(short), torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+
+
 def test_gradcheck():
     module, (student, teacher) = loss_module(), embeddings()
     parameters = list(module.parameters())

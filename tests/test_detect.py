@@ -118,7 +118,7 @@ def coco(cwd):
 
 
 def test_functions_are_those_of_nd():
-    wanted = {"_full", "_unit", "_rows", "nd_loss", "kd_loss", "ReviewKD", "hcl_loss"}
+    wanted = {"_full", "_alike", "_unit", "_rows", "nd_loss", "kd_loss", "ReviewKD", "hcl_loss"}
     texts = []
     for script in ("nd.py", "detect_nd.py"):
         text = (ROOT / script).read_text()

@@ -385,7 +385,7 @@ def test_a_teacher_under_inference_mode():
 
 def test_hcl_refuses_maps_of_other_shapes():
     for shape in ((2, 3, 1, 1), (1, 3, 8, 8), (2, 3, 8, 4)):
-        with pytest.raises(ValueError, match="maps"):
+        with pytest.raises(ValueError, match="shapes"):
             nd.hcl_loss([torch.randn(2, 3, 8, 8)], [torch.randn(shape)])
 
 
@@ -431,6 +431,22 @@ def test_review_fuses_from_deep_to_shallow():
     assert torch.allclose(shallow, expected)
 
 
+def test_shapes_that_would_broadcast_are_refused():
+    d = case(0)
+    first = slice(0, 1)
+    wrong = [
+        lambda: nd.kd_loss(d["zs"], d["zt"][:, first]),
+        lambda: nd.dkd_loss(d["zs"], d["zt"][first], d["y"]),
+        lambda: nd.dist_loss(d["zs"], d["zt"][first]),
+        lambda: nd.nd_loss(d["s"], d["t"], d["c"][:, first], d["y"]),
+        lambda: nd.nd_loss(d["s"], d["t"], d["c"], d["y"][:, None]),
+        lambda: nd.direction_loss(d["s"], d["c"], d["y"][:, None]),
+    ]
+    for call in wrong:
+        with pytest.raises(ValueError, match="must be the same"):
+            call()
+
+
 def test_class_means_equal_a_loop_and_name_an_empty_class():
     class Teacher(torch.nn.Module):
         def forward(self, x, return_features=False):
@@ -441,8 +457,9 @@ def test_class_means_equal_a_loop_and_name_an_empty_class():
     g = torch.Generator().manual_seed(0)
     batches = [(torch.randn(9, 3, 2, 2, generator=g), torch.arange(9) % 4) for _ in range(3)]
     teacher = Teacher().train()
+    teacher.frozen = torch.nn.BatchNorm1d(2).eval()
     means = nd.compute_class_means(teacher, batches, 4)
-    assert teacher.training and means.dtype == torch.float32
+    assert teacher.training and not teacher.frozen.training and means.dtype == torch.float32
     for k in range(4):
         rows = [
             x.flatten()[:4].double()

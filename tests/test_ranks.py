@@ -44,8 +44,7 @@ def child(rank, port, program, argv, cwd):
     sys.stdout, sys.stderr = (open(number, "w", buffering=1) for number in (1, 2))
     common._LOADED.clear()
     common._EVALUATED.clear()
-    if program is not ranks.program:  # which sees to that itself
-        ranks.few_shapes()
+    ranks.few_shapes()
     try:
         status = common.run_program(program, [str(a) for a in argv])
     except BaseException:
@@ -73,7 +72,9 @@ def outcomes(tmp_path_factory):
     for folder in (one, two):
         ranks.write_teachers(folder)
     started = pair(ranks.program, [two], two)
-    ranks.program([str(one)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "draw_shapes", ranks.few(common.draw_shapes))
+        ranks.program([str(one)])
     assert finish(started, two) == ([0, 0], "")
     files = one / "rank0.pt", two / "rank0.pt", two / "rank1.pt"
     return [torch.load(path, weights_only=True) for path in files]
@@ -115,6 +116,11 @@ def test_the_line_of_an_epoch_is_of_all_shares(outcomes):
     one, *both = (outcome["local meter"] for outcome in outcomes)
     assert one == {"epoch": 1, "ce": 10.0, "train_top1": 33.333}  # the mean of 0 to 20, 7 of 21
     assert both == [one, one]
+
+
+def test_a_probe_is_the_same_in_every_process(outcomes):
+    one, *both = (outcome["probe"] for outcome in outcomes)
+    assert all(torch.equal(one, other) for other in both)
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +198,28 @@ def test_more_processes_than_gpus(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert common.run_program(sp.program, ["--help"]) == 2
     assert "4 processes for 2 GPUs; --nproc_per_node=2" in capsys.readouterr().err
+    monkeypatch.setattr(common, "world", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    properties = type("", (), {"uuid": "abc"})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(common, "gather_objects", lambda mine: [mine, mine.replace("abc", "abd")])
+    common._check_gpus()
+    monkeypatch.setattr(common, "gather_objects", lambda mine: [mine, mine])
+    with pytest.raises(common.UserError, match="two processes on one GPU"):
+        common._check_gpus()
+
+
+def test_processes_on_the_cpu_need_no_gpu(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: pytest.fail("it looked for GPUs"))
+    started = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **_: started.extend(a))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    for argv in (["--device", "cpu"], ["--epochs", "1", "--device=cpu"]):
+        with common._processes(argv):
+            pass
+    assert started == ["gloo", "gloo"]
 
 
 @pytest.mark.parametrize("wrong", ["--batch-size 3", "--epochs 0", "--teacher-ckpt absent.pth"])

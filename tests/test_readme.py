@@ -86,9 +86,11 @@ def test_commands_run(cwd, script, command, capsys, any_teacher_passes, monkeypa
         default = {"teacher": "resnet56", "student": "resnet20"}[role]
         teacher_file(name, network.group(1) if network else default, 20)
     command = re.sub(r"--train-size \d+", "", command)
+    command = command.replace("--image-size 224", "")
     command = re.sub(r"--val-size \d+", "--val-size 20", command)
     command = command.replace("--seeds 0 1 2", "--seeds 0 1")
-    command += " --epochs 1 --teacher-epochs 1 --batch-size 20"
+    command += " --epochs 1 --batch-size 20"
+    command += "" if "--transfer" in command else " --teacher-epochs 1"
     command += " --train-size 48" if "shapes" in command else ""
     command += " --train-size 1000 --batch-size 500" if "imagenet" in command else ""
     program = SCRIPTS[script].program
@@ -156,7 +158,7 @@ def test_the_blocks_of_the_loop_meant_to_be_alike_are(script):
 
 def test_functions_of_the_same_name_are_the_same():
     """kd_loss and its like are repeated so that a block can be copied; here they are compared."""
-    own = {"parse_args", "default_lr", "method_name", "main", "program"}
+    own = {"parse_args", "default_lr", "recipe_of", "method_name", "main", "program"}
     seen = {}
     scripts = [*SCRIPTS, "detect_nd"]
     for script in scripts:

@@ -24,6 +24,7 @@ from helpers import (
     teacher_file,
     weights,
 )
+from PIL import Image
 
 import common
 import dcd
@@ -123,6 +124,76 @@ def test_sp_weight_batch_multiplies_the_weight(quick):
     assert same(weights("o/student.pt"), rescaled)
     assert run("sp", quick) == 0
     assert not same(weights("o/student.pt"), rescaled)
+
+
+@pytest.mark.parametrize(
+    "script, flags, weights_of",
+    [
+        (
+            "sp",
+            "--ce-weight 0.5 --sp-weight 100 --kd-weight 2 --at-weight 30 --sp-weight-batch 48",
+            lambda batch: {"ce": 0.5, "sp": 100 * batch / 48, "kd": 2, "at": 30},
+        ),
+        (
+            "dcd",
+            "--ce-weight 0.5 --dcd-weight 3 --kd-weight 2 --alpha 0.25",
+            lambda batch: {"ce": 0.5, "dcd": 3, "kd": 2},
+        ),
+    ],
+)
+def test_the_loss_is_the_weighted_sum_of_its_terms(quick, monkeypatch, script, flags, weights_of):
+    """At every step, the last and smaller batch too; and options reach what they are for."""
+    losses, seen, asked, maps = [], [], [], []
+    backward, add, kd_loss = torch.Tensor.backward, common.Meter.add, nd.kd_loss
+
+    def spy_backward(loss):
+        losses.append(loss.item())
+        backward(loss)
+
+    def spy_add(self, logits, labels, terms):
+        seen.append(
+            (len(labels), {k: float(torch.as_tensor(v).detach()) for k, v in terms.items()})
+        )
+        add(self, logits, labels, terms)
+
+    def spy_kd(student, teacher, temperature):
+        asked.append(temperature)
+        return kd_loss(student, teacher, temperature)
+
+    monkeypatch.setattr(torch.Tensor, "backward", spy_backward)
+    monkeypatch.setattr(common.Meter, "add", spy_add)
+    monkeypatch.setattr(SCRIPTS[script], "kd_loss", spy_kd)
+    at_loss, module = sp.at_loss, dcd.DCDLoss
+    monkeypatch.setattr(sp, "at_loss", lambda s, t: maps.append(s.shape) or at_loss(s, t))
+    alphas = []
+    monkeypatch.setattr(
+        dcd, "DCDLoss", lambda *a, **k: alphas.append(k["alpha"]) or module(*a, **k)
+    )
+    command = quick.replace("--train-size 48", "--train-size 40")
+    assert run(script, f"{command} {flags} --temperature 3") == 0
+    assert [batch for batch, _ in seen] == [24, 16] and len(losses) == 2 and asked == [3.0] * 2
+    for loss, (batch, terms) in zip(losses, seen):
+        wanted = sum(weight * terms[name] for name, weight in weights_of(batch).items())
+        assert loss == pytest.approx(wanted, rel=1e-5)
+        assert all(terms[name] > 0 for name in weights_of(batch))
+    if script == "sp":
+        assert [shape[1] for shape in maps] == [16, 32, 64] * 2  # AT of every stage
+    else:
+        assert alphas == [0.25]
+
+
+@pytest.mark.parametrize("script", ["sp", "dcd"])
+def test_baselines_have_the_weights_that_stand_beside_the_method(monkeypatch, script):
+    launched = []
+    monkeypatch.setattr(SCRIPTS[script], "launch", lambda *a, **_: launched.append(a[2]))
+    for given, ce_weight, kd_weight in (("", 1, 1), ("--kd-weight 2", 0.5, 2)):
+        more = "--at-weight 7" if script == "sp" else ""
+        assert run(script, f"{QUICK} --ce-weight 0.5 {given} {more}") == 0
+        for name, wanted in (("ce", (1, 0)), ("kd", (ce_weight, kd_weight))):
+            changes = launched[-1][name]
+            assert (changes["ce_weight"], changes["kd_weight"]) == wanted
+            off = {"sp_weight", "at_weight"} if script == "sp" else {"dcd_weight"}
+            assert all(changes[key] == 0 for key in off)
 
 
 def test_the_class_counts_of_teacher_and_student_widths_may_differ(cwd, any_teacher_passes):
@@ -268,6 +339,9 @@ def test_resume_equals_uninterrupted(cwd, monkeypatch, script, any_teacher_passe
         with monkeypatch.context() as patch:
             stop_in(patch, step)
             assert run(script, command, parts) == 128 + signal.SIGTERM
+        saved = common.read_checkpoint(f"{parts}/last.pt")
+        # before the test of an epoch too, which may take long
+        assert (saved["epoch"], saved["step"]) == {2: (0, 2), 3: (1, 1)}[step]
         assert run(script, command, parts, "--resume") == 0
         assert same(weights("whole/student.pt"), weights(f"{parts}/student.pt"))
         timeless = [[{k: v for k, v in x.items() if k not in TIMES} for x in lines(d)]
@@ -313,14 +387,36 @@ def test_pretrained_starts_from_torchvisions_weights(cwd, monkeypatch, capsys):
     wanted = "MobileNet_V2_Weights.IMAGENET1K_V1"
     assert started == [wanted] * 2  # teacher and student, not the shapes' probe
     assert run("sp", f"{QUICK} --epochs 1 --pretrained") == 2
-    assert "no pretrained weights" in capsys.readouterr().err
+    assert "--pretrained: there are no weights of resnet8" in capsys.readouterr().err
 
 
 # --- pictures ------------------------------------------------------------------------------------
 
 
-def test_sp_draws_the_similarities(quick):
-    assert run("sp", quick, "--plot") == 0
+def test_sp_draws_the_similarities(quick, monkeypatch):
+    import matplotlib.axes
+
+    drawn, imshow = [], matplotlib.axes.Axes.imshow
+
+    def spy(axis, matrix, **options):
+        drawn.append((axis, torch.as_tensor(matrix)))
+        return imshow(axis, matrix, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(matplotlib.axes.Axes, "imshow", spy)
+        assert run("sp", quick, "--plot") == 0
+    # teacher, plain student, student; the images sorted by class
+    data = common.load_data(sp.parse_args(shlex.split(QUICK)), torch.device("cpu"))
+    images, labels = data.test_batch(per_class=20, classes=10)
+    assert labels.tolist() == sorted(labels.tolist()) and len(labels.unique()) == 10
+    for (axis, matrix), path in zip(drawn, ("teacher.pth", "o/ce/student.pt", "o/student.pt")):
+        net = common.build_model("resnet8", 24)
+        common.load_weights(net, path)
+        with torch.no_grad():
+            last = net.eval()(images, return_features=True)[1].maps[-1]
+        assert torch.allclose(matrix, sp._similarities(last.flatten(1)), atol=1e-4)
+        assert len(axis.get_xticks()) == 10 and "\n" in axis.get_title()
+    assert len(drawn) == 3
     assert Path("o/similarities.png").read_bytes().startswith(b"\x89PNG")
     assert result("o/ce")["method"] == "CE"  # the plain student of the picture
     before = weights("o/student.pt")
@@ -351,6 +447,44 @@ def test_dcd_draws_the_correlation_gap_and_the_embeddings(quick, capsys):
     gap = np.abs(relations[0] - relations[1])
     np.fill_diagonal(gap, 0)
     assert result("o")["correlation_gap"] == pytest.approx(gap.mean(), abs=2e-4)
+
+
+def test_the_pictures_of_dcd(cwd, monkeypatch):
+    """Class names that matplotlib would read as formulas; a class without test images."""
+    import matplotlib.axes
+
+    rng = np.random.default_rng(0)
+    for name, count in (("price_$5_$6", 6), ("_hidden", 1), ("plain", 6)):
+        for split in ("train", "val"):
+            folder = Path("tree") / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    teacher_file("teacher.pth", classes=3)
+    monkeypatch.setattr(common, "near_chance", lambda *_: False)
+    points, scatter = [], matplotlib.axes.Axes.scatter
+
+    def spy(axis, x, y, **options):
+        points.append((axis.get_title(), x, y))
+        return scatter(axis, x, y, **options)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "scatter", spy)
+    command = "--dataset folder --data-dir tree --image-size 16 --teacher resnet8 --student resnet8"
+    command += " --teacher-ckpt teacher.pth --epochs 1 --batch-size 4 --plot --out"
+    assert run("dcd", command, "a") == 0
+    # the plane of the largest variance: here against the eigenvalues of the covariance
+    data = common.load_data(dcd.parse_args(shlex.split(f"{command} x")), torch.device("cpu"))
+    images, _ = data.test_batch(per_class=100, classes=10)
+    net = common.build_model("resnet8", 3)
+    common.load_weights(net, "teacher.pth")
+    with torch.no_grad():
+        embedding = net.eval()(images, return_features=True)[1].embedding.numpy()
+    largest = np.linalg.eigvalsh(np.cov(embedding.T, bias=True))[::-1][:2]
+    x, y = (np.concatenate([p[k] for p in points[:3]]) for k in (1, 2))
+    assert [x.var(), y.var()] == pytest.approx(largest.tolist(), rel=1e-3)
+    assert run("dcd", command, "b", "--val-size", "3") == 0  # of the class of one image: none
+    assert 0 < result("b")["correlation_gap"] < 3
 
 
 @pytest.mark.parametrize("script", ["sp", "dcd"])
@@ -463,6 +597,21 @@ def test_transfer_finds_the_teacher_and_resumes(cwd, monkeypatch, capsys):
     Path("a-run/result.json").write_text('{"method": "DCD+KD"}')
     assert run("dcd", command.replace("student.pt", "a-run/student.pt")) == 0
     assert result("runs/dcd-transfer-shapes-of-a-run-s0")["method"] == "probe of DCD+KD"
+    # its result.json names the networks too, but what is asked for counts
+    known = '{"method": "KD", "student": "wrn_16_1", "teacher": "resnet8"}'
+    Path("a-run/result.json").write_text(known)
+    probe = "--transfer shapes --student-ckpt a-run/student.pt --teacher-ckpt t.pth"
+    args = dcd.parse_args(probe.split())
+    assert (args.student, args.teacher, args.method) == ("wrn_16_1", "resnet8", "probe of KD")
+    args = dcd.parse_args(f"{probe} --student resnet20 --teacher MobileNetV2".split())
+    assert (args.student, args.teacher) == ("resnet20", "MobileNetV2")
+    # the paper's schedule, whatever the networks were trained on; a rate for each of the two
+    wanted = dict(epochs=120, lr=0.05, teacher_lr=0.01, batch_size=64, weight_decay=5e-4)
+    assert {k: getattr(args, k) for k in wanted} == wanted and args.image_size == 32
+    args = dcd.parse_args(f"{probe} --dataset imagenet".split())
+    assert (args.lr, args.epochs, args.batch_size, args.image_size) == (0.05, 120, 64, 224)
+    args = dcd.parse_args("--transfer imagenet --student-ckpt a-run/student.pt".split())
+    assert args.image_size == 32
     # below a run's folder: those of its seeds and baselines
     for folder in ("a-run/s1", "a-run/s1/ce"):
         args = dcd.parse_args(f"--transfer shapes --student-ckpt {folder}/student.pt".split())
@@ -473,9 +622,19 @@ def test_transfer_finds_the_teacher_and_resumes(cwd, monkeypatch, capsys):
 
 BAD = {  # script and arguments -> words of the error
     "sp --batch-size 1": "--batch-size 1: a relation needs two",
-    "dcd --batch-size 1": "--batch-size 1: a relation needs two",
-    "sp --student googlenet": "googlenet gives no maps",
-    "sp --teacher mnasnet0_5": "mnasnet0_5 gives no maps",
+    "dcd --batch-size 1": "--batch-size 1: a relation and BatchNorm need two",
+    "dcd --transfer shapes --student-ckpt chance.pth --batch-size 1": "--batch-size 1",
+    "dcd --transfer shapes --student-ckpt chance.pth --terms contrastive": "leave --terms out",
+    "dcd --transfer shapes --student-ckpt chance.pth --kd-weight 1": "leave --kd-weight out",
+    "dcd --transfer-bn batch": "--transfer-bn: only for --transfer",
+    "dcd --dcd-weight 0 --fixed-scale 0.07": "--fixed-scale: has no use with --dcd-weight 0",
+    "dcd --embed-dim 1000000000000000000": "--embed-dim.*from 1 to 65536",
+    "dcd --student-ckpt chance.pth --plot": "--student-ckpt: only for --transfer",
+    "dcd --transfer shapes --student-ckpt nan.pth": "nan.pth: some of its weights are infinite",
+    "sp --sp-weight 0 --relation cc": "--relation: has no use with --sp-weight 0",
+    "sp --sp-weight 0 --sp-maps all": "--sp-maps: has no use",
+    "sp --kd-weight 1 --temperature 1e200": "--temperature.*at most 1e12",
+    "sp --lr 1e300": "--lr.*at most 1e12",
     "sp --sp-maps all --student vgg8": "--sp-maps all.*resnet8 has 3",
     "sp --at-weight 1 --student vgg8": "--at-weight.*vgg8 has 4",
     "sp --sp-weight -1": "--sp-weight",

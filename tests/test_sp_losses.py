@@ -223,10 +223,38 @@ def test_sp_is_at_most_two_over_the_batch_for_features_without_signs():
         for seed in range(20):
             s, t = (x.relu() for x in maps(seed, batch, (1, 2, 2), (1, 2, 2)))
             assert 0 <= sp.sp_loss(s, t) <= 2 / batch
-    # reached: the student tells the images apart entirely, and the teacher swaps them
+    # no loss of two images that one tells apart and the other does not comes nearer than this
     apart = torch.eye(2, dtype=torch.float64)
     all_alike = torch.ones(2, 2, dtype=torch.float64)
     assert math.isclose(sp.sp_loss(apart, all_alike), 2 * (2 - math.sqrt(2)) / 4)
+    # but: a bright image that looks like all others hides them in one network alone
+    bright = torch.tensor([[1e6, 1e6], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    assert sp.sp_loss(bright, torch.eye(3, dtype=torch.float64)) > 0.9 * 4 / 9
+
+
+def test_a_faint_image_counts_as_the_equation_says():
+    """Far below the others of its batch, and orthogonal to them: still a row of length 1."""
+    for faint in (1e-3, 1e-5, 1e-12):
+        s, t = torch.eye(4, dtype=torch.float64), maps(batch=4)[1].flatten(1)
+        s[2] *= faint
+        assert torch.allclose(sp.sp_loss(s, t), oracle_sp(s, t), rtol=1e-9)
+        inside, other = torch.eye(4, dtype=torch.float64), torch.ones(1, 3, 2, 2).double()
+        inside[2] *= faint
+        inside = inside.T.reshape(1, 4, 2, 2)  # four places of four channels
+        assert torch.allclose(sp.intra_loss(inside, other), oracle_intra(inside, other), rtol=1e-9)
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_the_order_of_the_series(order):
+    s, t = maps()
+    kernels = []
+    for x in (s, t):
+        rows = torch.stack([r / r.norm() for r in x.flatten(1)])
+        exponent = 0.8 * torch.tensor([[float(a @ b) for b in rows] for a in rows])
+        series = sum(exponent.double() ** p / math.factorial(p) for p in range(order + 1))
+        kernels.append(math.exp(-0.8) * series)
+    wanted = (kernels[0] - kernels[1]).square().mean()
+    assert torch.allclose(sp.cc_loss(s, t, gamma=0.4, order=order), wanted, rtol=1e-6)
 
 
 def test_sp_uses_the_l2_norm_of_rows_of_the_raw_product():

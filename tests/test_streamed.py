@@ -77,6 +77,53 @@ def test_batches_do_not_depend_on_the_workers(tree):
     assert not torch.equal(another[1], alone[1])
 
 
+def test_little_shared_memory_will_do(tree, monkeypatch):
+    options, sent = dict(seed=3, augment=True), []
+    wanted = everything(load(1).batches("train", 7, **options))
+    from_numpy = torch.from_numpy
+    monkeypatch.setattr(common.shutil, "disk_usage", lambda _: type("", (), {"free": 1000}))
+    monkeypatch.setattr(torch, "from_numpy", lambda x: sent.append(len(x)) or from_numpy(x))
+    found = everything(load(1).batches("train", 7, **options))
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    assert sent == [n for count in (7, 7, 7, 7, 2) for n in (count, count)]  # images, labels
+
+
+def test_workers_start_while_signals_wait(tree, monkeypatch):
+    loader, blocked = torch.utils.data.DataLoader, []
+
+    def spy(self):
+        blocked.append(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        return start(self)
+
+    start = loader.__iter__
+    monkeypatch.setattr(loader, "__iter__", spy)
+    list(load(1).batches("test", 6))
+    assert blocked[0] >= {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & blocked[0]
+
+
+def test_a_killed_worker_is_one_line(tree, monkeypatch, capsys, any_teacher_passes):
+    parent, read = os.getpid(), common.read_rgb
+
+    def killed(path):
+        if os.getpid() != parent and "train" in Path(path).parts:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(path)
+
+    monkeypatch.setattr(common, "read_rgb", killed)
+    command = [*QUICK, "--kd-weight", "0", "--sp-weight", "0"]
+    assert common.run_program(sp.program, command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: a process that decodes images was killed")
+
+
+def test_other_pictures_or_sizes_are_other_data(tree):
+    whole = load(0)
+    assert load(0).fingerprint == whole.fingerprint != load(0, size=16).fingerprint
+    Image.new("RGB", (40, 40)).save(tree / "train/n00000001/train1_3.JPEG")
+    assert load(0).fingerprint != whole.fingerprint
+
+
 def test_decoding_draws_nothing_from_the_run(tree):
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -243,7 +290,7 @@ def test_nd_has_the_papers_weights(capsys):
 
 def test_drops_of_imagenet(tree, any_teacher_passes):
     """Ten epochs stand for a hundred: lr / 10 after 3, 6 and 9."""
-    command = [*QUICK, "--epochs", "10", "--train-size", "6", "--lr", "0.01", "--out", "a"]
+    command = [*QUICK, *"--epochs 10 --train-size 6 --workers 1 --lr 0.01 --out a".split()]
     assert common.run_program(nd.program, command) == 0
     found = [line["lr"] for line in lines("a")]
     assert found == pytest.approx([0.01] * 3 + [1e-3] * 3 + [1e-4] * 3 + [1e-5])
