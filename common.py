@@ -114,7 +114,8 @@ def run_program(program, argv: list[str] | None = None) -> int:
                 print("another process has stopped, and so all; --resume goes on", file=sys.stderr)
             return 1
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            message = f"torch.compile does not work here: {str(error).splitlines()[0]}"
+            reason = [*str(error).splitlines(), type(error).__name__][0]
+            message = f"torch.compile does not work here: {reason}"
         elif "does not have a deterministic implementation" in str(error):
             message = f"--deterministic: {str(error).split(' ')[0]} has no such form on this GPU"
         elif "DataLoader worker" in str(error):
@@ -1279,9 +1280,11 @@ def _read_torchvision(name, root, size):
             raise UserError(f"--dataset {name} needs scipy: pip install scipy") from None
         except Exception as error:  # each set fails in its own way; none leaves usable data
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            there = Path(root, wanted[name].split()[0]).exists()
+            advice = "replace" if there else "put"
             raise UserError(
-                f"--dataset {name}: cannot read or download it ({reason}); put {wanted[name]} under"
-                f" {root}/ or name another --data-dir; --dataset shapes needs no files"
+                f"--dataset {name}: cannot read or download it ({reason}); {advice} {wanted[name]}"
+                f" under {root}/ or name another --data-dir; --dataset shapes needs no files"
             ) from None
         pixels = torch.as_tensor(np.asarray(data.data))
         if name in ("svhn", "stl10"):
@@ -1618,9 +1621,7 @@ class Run:
 
     def _result(self):
         """What the finished run found, if that is whole and of the files that are named now."""
-        with contextlib.suppress(
-            ValueError, TypeError, LookupError, AttributeError, RecursionError
-        ):
+        with contextlib.suppress(*NOT_A_RESULT):
             result = json.loads((self.dir / "result.json").read_text())
             table([result])
             if all(result["args"].get(k) == getattr(self.args, k, None) for k in BY_HASH):
@@ -3050,7 +3051,7 @@ def below_one(text: str) -> float:
     return float(text)
 
 
-def path(text: str) -> str:
+def file_path(text: str) -> str:
     """Of a file or folder; an empty one is a variable of the shell that was not set."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("must name a file or folder, not nothing")
@@ -3078,15 +3079,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
     datasets = one_of("data set", list(STATS))
     add("--dataset", type=datasets, default="cifar100", metavar="NAME", help=", ".join(STATS))
-    add("--data-dir", type=path, default="data", metavar="DIR", help="where the data lies or is"
-        " downloaded to")  # fmt: skip
+    add("--data-dir", type=file_path, default="data", metavar="DIR", help="where the data lies or"
+        " is downloaded to")  # fmt: skip
     add("--image-size", type=image_size, metavar="N", help="pixels (32; imagenet 224)")
     add(
         "--train-size", type=positive_int, metavar="N", help="train on N images, even classes (all)"
     )
     add("--val-size", type=positive_int, metavar="N", help="keep N training images out and measure"
         " on them, not on the test set: to choose weights and rates")  # fmt: skip
-    add("--teacher-ckpt", type=path, metavar="FILE", help="a teacher's weights, such as"
+    add("--teacher-ckpt", type=file_path, metavar="FILE", help="a teacher's weights, such as"
         " RepDistiller's")  # fmt: skip
     add("--pretrained-teacher", action="store_true", help="torchvision's ImageNet weights, as such")
     add(
@@ -3117,20 +3118,20 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_file_arguments(add) -> None:
     add("--save-minutes", type=positive, default=15.0, metavar="X", help="save within an epoch, as"
         " well as at its end, when so many have passed (15)")  # fmt: skip
-    add("--out", type=path, metavar="DIR", help="folder of the run (runs/<script>-<teacher>-"
+    add("--out", type=file_path, metavar="DIR", help="folder of the run (runs/<script>-<teacher>-"
         "<student>-...)")  # fmt: skip
     add("--resume", action="store_true", help="go on where a stopped run left off")
     add("--deterministic", action="store_true", help="the same bits in every run on a GPU; slower")
     add("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
-    add("--eval", type=path, metavar="FILE", help="only test this student checkpoint")
+    add("--eval", type=file_path, metavar="FILE", help="only test this student checkpoint")
 
 
 def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
     """`add_run_arguments` for detection."""
     add = parser.add_argument_group("run").add_argument
     add("--dataset", choices=("coco", "shapes"), default="coco", help="shapes: drawn, no files")
-    add("--data-dir", type=path, default="data", metavar="DIR", help="with annotations/ and the"
-        " images' folders")  # fmt: skip
+    add("--data-dir", type=file_path, default="data", metavar="DIR", help="with annotations/ and"
+        " the images' folders")  # fmt: skip
     add("--train-split", default="train2017", metavar="NAME", help="(train2017)")
     add("--val-split", default="val2017", metavar="NAME", help="(val2017)")
     add(
@@ -3141,8 +3142,8 @@ def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
     add("--smallest-anchor", type=positive_int, metavar="N", help="side in pixels; the other four"
         " levels double it (32; shapes 16)")  # fmt: skip
     add("--train-size", type=positive_int, metavar="N", help="train on N images (all)")
-    add("--teacher-ckpt", type=path, metavar="FILE", help="a detector's weights (torchvision's for"
-        " resnet50)")  # fmt: skip
+    add("--teacher-ckpt", type=file_path, metavar="FILE", help="a detector's weights"
+        " (torchvision's for resnet50)")  # fmt: skip
     add("--train-teacher", action="store_true", help="train it first (shapes: always)")
     add("--seed", type=seed, default=0, metavar="N", help="of start, batches and regions (0)")
     add("--seeds", type=seed, nargs="+", metavar="N", help="run each, print mean and spread")
@@ -3153,8 +3154,8 @@ def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
         " to 8; shapes 0)")  # fmt: skip
     _add_file_arguments(add)
     add("--per-class", action="store_true", help="with --eval: each class's AP too")
-    add("--predict", type=path, nargs="+", metavar="IMAGE", help="with --eval: draw boxes on these"
-        " instead")  # fmt: skip
+    add("--predict", type=file_path, nargs="+", metavar="IMAGE", help="with --eval: draw boxes"
+        " on these instead")  # fmt: skip
     add("--plot", action="store_true", help="draw a sheet of validation images: boxes of the"
         " truth, the plain student (trained too) and the student")  # fmt: skip
 
@@ -3224,6 +3225,10 @@ def print_top1(args) -> None:
     probe(student, data)
     student = student.to(device, memory_format=torch.channels_last)
     print(f"{args.student} from {args.eval}: test {evaluate(student, data, args):.2f} %")
+
+
+# What strange JSON leads to in `table`.
+NOT_A_RESULT = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 def table(results: list[dict]) -> str:
@@ -3298,8 +3303,7 @@ def print_table(paths: list[str] | None) -> None:
             if len(kinds) > 1:
                 raise ValueError("both top-1 and AP")
             results.append(result)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
-                RecursionError) as error:  # fmt: skip
+        except (OSError, *NOT_A_RESULT) as error:
             raise UserError(f"{path}: not a result of a run ({error})") from None
     if not results:
         raise UserError("usage: python common.py results/*.json")

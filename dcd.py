@@ -89,6 +89,7 @@ from common import (  # nothing in there knows about distillation
     build_model,  # network(x, return_features=True) -> logits, (.embedding, .maps, .preact)
     compiled,  # torch.compile, under --compile
     evaluate,
+    file_path,
     fill_image_size,
     flag,
     gather,  # under torchrun: rows of all processes, with gradient
@@ -99,7 +100,6 @@ from common import (  # nothing in there knows about distillation
     model_names,
     new_classifier,
     one_of,
-    path,
     pick_device,
     positive,
     positive_int,
@@ -281,8 +281,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = parser.add_argument_group("transfer").add_argument
     add("--transfer", type=datasets, metavar="NAME", help="instead of distilling: train a linear"
         " classifier for this data set on the frozen student and the frozen teacher")  # fmt: skip
-    add("--student-ckpt", type=path, metavar="FILE", help="the student, such as a run's student.pt;"
-        " if that run's result.json is there, it names --student and --teacher")  # fmt: skip
+    add("--student-ckpt", type=file_path, metavar="FILE", help="the student, such as a run's"
+        " student.pt; its result.json, if there, names --student and --teacher")  # fmt: skip
     add("--transfer-bn", choices=("eval", "batch"), default="eval", help="mode of the frozen"
         " networks; batch: train mode, BatchNorm adapts, dropout is on (eval)")  # fmt: skip
 

@@ -436,6 +436,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         return args
     fill_pair_weights(args)
     args.method = method_name(args)
+    on_gpu = pick_device(args.device).type == "cuda"
+    if args.reviewkd_weight and args.deterministic and on_gpu:
+        raise UserError("--base reviewkd: its pooling has no deterministic form on a GPU")
     if args.plot:
         pyplot()  # fail now, not after the training
         if args.method == "plain":

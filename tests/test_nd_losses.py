@@ -6,6 +6,8 @@ too, and share no line with nd.py.
 
 import math
 import re
+import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -470,6 +472,25 @@ def test_class_means_equal_a_loop_and_name_an_empty_class():
         assert torch.allclose(means[k].double(), sum(rows) / len(rows), rtol=1e-6)
     with pytest.raises(ValueError, match="class 4"):
         nd.compute_class_means(teacher, batches, 5)
+
+
+def test_class_means_hold_one_batch_at_a_time():
+    """Of a thousand classes or a million images: the sums, and nothing of earlier batches."""
+    alive = []
+
+    def batches():
+        for _ in range(20):
+            images = torch.randn(4, 3, 2, 2)
+            alive.append(weakref.ref(images))
+            yield images, torch.arange(4)
+            del images
+            assert sum(ref() is not None for ref in alive) <= 1
+
+    class Teacher(torch.nn.Module):
+        def forward(self, x, return_features=False):
+            return x, types.SimpleNamespace(embedding=x.flatten(1))
+
+    nd.compute_class_means(Teacher(), batches(), 4)
 
 
 def test_the_block_runs_alone():

@@ -521,6 +521,9 @@ def test_transfer_trains_the_classifiers_alone(cwd, student, teacher, classifier
     )
     assert r["teacher_top1"] == lines("o")[-1]["teacher_test_top1"]
     assert r["student_top1"] == lines("o")[-1]["test_top1"]
+    groups = common.read_checkpoint("o/last.pt")["state"]["optimizer"]["param_groups"]
+    rates = r["args"]["lr"], r["args"]["teacher_lr"]  # of MobileNets another
+    assert [g["lr"] for g in groups] == [rate / 1000 for rate in rates]
     before, after = weights("student.pt"), weights("o/student.pt")
     assert before.keys() == after.keys() and after[f"{classifier}.weight"].shape[0] == 24
     for key, value in before.items():
