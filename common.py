@@ -105,7 +105,8 @@ def run_program(program, argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        message = f"{error.filename or 'the output'}: {error.strerror or error}"
+        where = error.filename or ("the output" if error.errno == errno.ENOSPC else "")
+        message = f"{where}: {error.strerror or error}".removeprefix(": ")
     except (MemoryError, torch.OutOfMemoryError):
         message = "out of memory: lower --batch-size, --train-size or --image-size"
     except RuntimeError as error:
@@ -118,7 +119,7 @@ def run_program(program, argv: list[str] | None = None) -> int:
             message = f"torch.compile does not work here: {reason}"
         elif "does not have a deterministic implementation" in str(error):
             message = f"--deterministic: {str(error).split(' ')[0]} has no such form on this GPU"
-        elif "DataLoader worker" in str(error):
+        elif "DataLoader worker (pid" in str(error):
             message = "a process that decodes images was killed, for want of memory perhaps: lower"
             message += " --workers; --resume goes on"
         elif not any(words in str(error) for words in _NO_MEMORY):
@@ -191,7 +192,7 @@ def _processes(argv):
         _check_gpus()
     with contextlib.ExitStack() as quiet:
         if rank() > 0:
-            nowhere = quiet.enter_context(open(os.devnull, "w"))
+            nowhere = quiet.enter_context(open(os.devnull, "w", errors="replace"))
             quiet.enter_context(contextlib.redirect_stdout(nowhere))
             quiet.enter_context(contextlib.redirect_stderr(nowhere))
         yield
@@ -703,7 +704,7 @@ def build_model(name: str, num_classes: int, pretrained: bool = False) -> nn.Mod
     """
     if name in ZOO:
         if pretrained:
-            raise UserError(f"--pretrained: there are no weights of {name} to download; leave it")
+            raise UserError(f"{name}: no weights to download; --no-pretrained does without")
         net = ZOO[name](num_classes)
         net.name = name
         return net
@@ -796,9 +797,11 @@ def load_model(name: str, path: str | Path) -> nn.Module:
 
 
 def nearest(word: str, words: list[str]) -> str:
-    spelled = {name.casefold().replace("-", "_"): name for name in words}
+    spelled: dict = {}
+    for name in words:
+        spelled.setdefault(name.casefold().replace("-", "_"), []).append(name)
     close = difflib.get_close_matches(word.casefold().replace("-", "_"), spelled, 3, 0.4)
-    close = [spelled[name] for name in close]
+    close = [name for spelling in close for name in spelled[spelling]]
     return f": did you mean {', '.join(close)}?" if close else f": one of {', '.join(words[:30])}"
 
 
@@ -1108,10 +1111,11 @@ def _in_workers(dataset, workers, batch_bytes, **plan):
     not fit never arrives. Then they send arrays through their pipes.
     """
     shared = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
+    workers_here = workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     loader = torch.utils.data.DataLoader(
         dataset,
         num_workers=workers,
-        collate_fn=list if shared > 4 * workers * batch_bytes else _arrays,
+        collate_fn=list if shared > 4 * workers_here * batch_bytes else _arrays,
         worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # its own, or it would draw from the run's
         **plan,
@@ -1382,7 +1386,7 @@ def _decoded(samples, size, workers, cache):
         def decode(i):
             images[i] = torch.from_numpy(_decode(samples[i][0], size))
 
-        with ThreadPoolExecutor(min(workers or cores(), 64)) as pool:
+        with ThreadPoolExecutor(workers or min(cores(), 64)) as pool:
             list(pool.map(decode, range(len(samples))))
         return images
 
@@ -1399,14 +1403,15 @@ def read_rgb(path, upright: bool = False) -> Image.Image:
         with Image.open(path) as file:
             file = ImageOps.exif_transpose(file) if upright else file
             if file.mode[0] in "IF":  # convert() would clip 16 bits instead of scaling them
-                values = np.asarray(file)
+                values, deep = np.asarray(file), file.format in ("PNG", "PPM")
                 if file.mode == "F" or values.min() < 0 or values.max() > 65535:
-                    raise ValueError("of its numbers it is not known which is white")
-                file = Image.fromarray((values >> 8).astype(np.uint8))
+                    raise ValueError("it is unclear which of its values is white")
+                deep = deep or file.mode != "I" or values.max() > 255  # else 8 bits in 32
+                file = Image.fromarray((values >> 8 if deep else values).astype(np.uint8))
             return file.convert("RGB")
     except Exception as error:  # Pillow raises many kinds for a damaged file
         raise UserError(
-            f"{path}: cannot be read as an image ({error}); replace it, or remove it and start anew"
+            f"{path}: cannot be read as an image ({error}); replace or remove it"
         ) from None
 
 
@@ -1607,7 +1612,10 @@ class Run:
             if changed:
                 was = ", ".join(f"{flag(k)} {saved[k]}" if k in saved else f"no {flag(k)}"
                                 for k in changed)  # fmt: skip
-                raise UserError(f"--resume: {self.dir} was started with {was}; give the same again")
+                raise UserError(
+                    f"--resume: {self.dir} was started with {was}; give the same again, or move"
+                    " that folder away"
+                )
             if len(self.saved["ranks"]) != world():
                 raise UserError(
                     f"--resume: {self.dir} was started with {len(self.saved['ranks'])} processes,"
@@ -1624,7 +1632,10 @@ class Run:
         with contextlib.suppress(*NOT_A_RESULT):
             result = json.loads((self.dir / "result.json").read_text())
             table([result])
-            if all(result["args"].get(k) == getattr(self.args, k, None) for k in BY_HASH):
+            then, now = result["args"], vars(self.args)
+            files = [(a.get(k) and os.path.realpath(a[k])) for k in BY_HASH - {"pretrained_teacher"}
+                     for a in (then, now)]  # fmt: skip
+            if files[::2] == files[1::2]:
                 return result
         return None  # `restore` compares what is in the files, and it is written again
 
@@ -1702,7 +1713,7 @@ class Run:
         self.board.flush()
 
     def _set_aside(self):
-        names = (*FILES, *PICTURES, *SET_ASIDE)
+        names = (*SET_ASIDE, *FILES, *PICTURES)
         if old := [path for path in map(self.dir.joinpath, names) if path.exists()]:
             number = 1
             while (aside := self.dir / f"old{number}").exists():
@@ -1750,7 +1761,7 @@ class Run:
             except FileNotFoundError:  # the first
                 pass
             except OSError:  # a disk without links
-                write_whole(self.previous, self.last.read_bytes())
+                self.last.replace(self.previous)
         save_whole(
             self.last,
             {
@@ -1782,7 +1793,7 @@ class Run:
             yield step, batch
             late = time.monotonic() - self.last_save > 60 * minutes
             save, stop = _highest(int(late), _Signals.pending or 0)
-            if stop or (save and step + 1 < steps):  # after the test end_epoch saves
+            if stop or (save and step + 1 < steps):  # end_epoch saves, after the test
                 meter.check()
                 self._save(objects, step + 1, meter)
                 if stop:
@@ -1872,14 +1883,6 @@ class Run:
             write_whole(self.dir / "result.json", (json.dumps(result, indent=1) + "\n").encode())
         wait_for_all()  # the files are there
         return result
-
-
-def _fits(args):
-    """Whether what lies in the folder was started with these arguments, if that can be read."""
-    for name in ("last.pt", "previous.pt"):
-        with contextlib.suppress(UserError):
-            return not _changed(_read_last(Path(args.out) / name)["args"], lasting(args))
-    return True
 
 
 def _read_last(path):
@@ -2162,11 +2165,7 @@ def get_teacher(args, data: Data, train) -> Teacher:
             _check_recipe(path, recipe)
         else:
             print(f"teacher: no {path}; training it for {teacher_args.epochs} epochs", flush=True)
-            path.parent.mkdir(exist_ok=True)
-            if not os.access(path.parent, os.W_OK):  # before the work, not after it
-                raise UserError(
-                    f"{path.parent}/ cannot be written, where the teacher would be kept"
-                )
+            _writable(path.parent)
             result = train(teacher_args)
             if rank() == 0:
                 weights = read_checkpoint(Path(teacher_args.out) / "student.pt")
@@ -2192,9 +2191,17 @@ def get_teacher(args, data: Data, train) -> Teacher:
     return Teacher(net, _EVALUATED[key], weights_hash)
 
 
+def _writable(folder):
+    """UserError: the folder, made if need be, cannot be written; so before the work, not after."""
+    if rank() == 0:
+        folder.mkdir(exist_ok=True)
+    if not gather_objects(rank() > 0 or os.access(folder, os.W_OK))[0]:
+        raise UserError(f"{folder}/ cannot be written, where the teacher would be kept")
+
+
 def near_chance(top1: float, num_classes: int) -> bool:
-    """Below twice chance; of two classes, where that would be all, below 1.2 times."""
-    return top1 < (2 if num_classes > 2 else 1.2) * 100 / num_classes
+    """Below twice chance; with two or three classes that is out of reach, so 1.2 times."""
+    return top1 < (2 if num_classes > 3 else 1.2) * 100 / num_classes
 
 
 def _check_recipe(path, recipe):
@@ -2749,7 +2756,7 @@ def get_teacher_detector(args, data: DetectionData, train) -> TeacherDetector:
             _check_recipe(path, recipe)
         else:
             print(f"teacher: no {path}; training it for {new.epochs} epochs", flush=True)
-            path.parent.mkdir(exist_ok=True)
+            _writable(path.parent)
             result = train(new)
             if rank() == 0:
                 weights = read_checkpoint(Path(new.out) / "student.pt")
@@ -3041,7 +3048,7 @@ def weight(text: str) -> float:
 def positive(text: str) -> float:
     """Within what float32 can square."""
     if not 1e-12 <= float(text) <= 1e12:
-        raise argparse.ArgumentTypeError(f"{text}: must be a number above 0, at most 1e12")
+        raise argparse.ArgumentTypeError(f"{text}: must be a number from 1e-12 to 1e12")
     return float(text)
 
 
@@ -3054,7 +3061,7 @@ def below_one(text: str) -> float:
 def file_path(text: str) -> str:
     """Of a file or folder; an empty one is a variable of the shell that was not set."""
     if not text or "\0" in text:
-        raise argparse.ArgumentTypeError("must name a file or folder, not nothing")
+        raise argparse.ArgumentTypeError("must name a file or folder")
     return text
 
 
@@ -3181,10 +3188,10 @@ def launch(main, args, baselines: dict, needed: tuple = ()) -> None:
     for file in (args.eval, args.teacher_ckpt):
         if file:
             read_checkpoint(file)  # fail before the data is read
-    if getattr(args, "pretrained", False) and args.student in ZOO:
-        build_model(args.student, 2, pretrained=True)  # likewise
     if args.eval:
         return print_top1(args)
+    if getattr(args, "pretrained", False) and args.student in ZOO:
+        build_model(args.student, 2, pretrained=True)  # likewise
     if args.teacher_ckpt and getattr(args, "pretrained_teacher", False):
         raise UserError("--teacher-ckpt and --pretrained-teacher: choose one")
     if args.seeds and args.seed:
@@ -3199,13 +3206,10 @@ def launch(main, args, baselines: dict, needed: tuple = ()) -> None:
                 runs.append(vars(args) | changes | {"seed": seed, "out": str(out / baseline)})
         runs.append(vars(args) | {"seed": seed, "out": str(out)})
     if args.resume and len(runs) > 1:
-        # Those not reached start now, and so do those that hold the runs of another command.
-        begun = [(Path(run["out"]) / ".lock").exists() for run in runs]
-        if not any(begun):
+        for run in runs:
+            run["resume"] = (Path(run["out"]) / ".lock").exists()  # those not reached start now
+        if not any(run["resume"] for run in runs):
             raise UserError(f"--resume: nothing to resume in {runs[-1]['out']}")
-        fits = [here and _fits(argparse.Namespace(**run)) for here, run in zip(begun, runs)]
-        for run, resume in zip(runs, fits if any(fits) else begun):
-            run["resume"] = resume
     wait_for_all()
     first = {baselines[name]["method"] for name in needed} | {args.method}
     seeds = [run["seed"] for run in runs]
@@ -3234,7 +3238,8 @@ NOT_A_RESULT = (ValueError, LookupError, TypeError, AttributeError, ArithmeticEr
 def table(results: list[dict]) -> str:
     """A Markdown table of results, a row a method: n, last-epoch top-1 or AP, mean and spread.
 
-    The spread is the standard deviation over seeds (n - 1 in the denominator). The last column
+    The spread is the standard deviation over seeds (n - 1 in the denominator), of probes over their
+    students too. The last column
     names methods of the same pair whose mean lies within the larger of the two spreads. Runs of a
     method with other flags are rows of their own, named with the flags that differ.
     """

@@ -282,7 +282,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--transfer", type=datasets, metavar="NAME", help="instead of distilling: train a linear"
         " classifier for this data set on the frozen student and the frozen teacher")  # fmt: skip
     add("--student-ckpt", type=file_path, metavar="FILE", help="the student, such as a run's"
-        " student.pt; its result.json, if there, names --student and --teacher")  # fmt: skip
+        " student.pt; its result.json, if there, gives --student, --teacher, --dataset and"
+        " --image-size")  # fmt: skip
     add("--transfer-bn", choices=("eval", "batch"), default="eval", help="mode of the frozen"
         " networks; batch: train mode, BatchNorm adapts, dropout is on (eval)")  # fmt: skip
 
@@ -307,11 +308,11 @@ def parse_args(argv=None) -> argparse.Namespace:
         raise UserError("--transfer-bn: only for --transfer NAME")
     for name in ("terms", "alpha", "embed_dim", "fixed_scale"):
         if not args.dcd_weight and getattr(args, name) != parser.get_default(name):
-            raise UserError(f"{flag(name)}: has no use with --dcd-weight 0; leave it")
+            raise UserError(f"{flag(name)}: has no use with --dcd-weight 0; leave it out")
     if not args.eval and not args.ce_weight and not args.kd_weight:
         raise UserError("--ce-weight 0: nothing else here trains the classifier")
     if args.alpha != 0.5 and args.terms != "both":
-        raise UserError(f"--alpha: --terms {args.terms} has no second term to weigh; leave it")
+        raise UserError(f"--alpha: --terms {args.terms} has no second term to weigh; leave it out")
     args.method = method_name(args)
     args.plot = ("correlation_gap.png", "embeddings.png") if args.plot else ()
     if args.plot:
@@ -346,10 +347,15 @@ def prepare_transfer(args, default) -> None:
             label = f"{folder.name}-{label}"
         with contextlib.suppress(OSError, ValueError, TypeError):
             learned = dict(json.loads((student.parent / "result.json").read_text()))
+    defaults = RECIPES["imagenet" if args.dataset == "imagenet" else "cifar"]
     for name in ("student", "teacher"):
         if getattr(args, name) is None:
             known = learned.get(name) in model_names()
-            setattr(args, name, learned[name] if known else RECIPES["cifar"][name])
+            setattr(args, name, learned[name] if known else defaults[name])
+    if learned.get("dataset") in STATS:
+        args.dataset = learned["dataset"]
+    with contextlib.suppress(LookupError, TypeError):
+        args.image_size = args.image_size or int(learned["args"]["image_size"])
     trained = Path(f"checkpoints/{args.dataset}_{args.teacher}.pt")
     if not args.teacher_ckpt and trained.exists():
         args.teacher_ckpt = str(trained)
@@ -501,17 +507,17 @@ def class_relations(network, data) -> torch.Tensor:
 
 def draw_correlation_gap(student, teacher, data, path) -> float:
     """The paper's map: |student - teacher| of the class relations, diagonal 0. -> Its mean, over
-    all K^2 entries. What the paper calls a correlation is a mean of standardised logits."""
+    all entries. What the paper calls a correlation is a mean of standardised logits."""
     gap = (class_relations(student, data) - class_relations(teacher, data)).abs()
     gap.fill_diagonal_(0)
-    gap = gap[data.test.labels.unique()]  # a class without test images (--val-size) has no row
+    seen = gap[data.test.labels.unique()]  # a class without test images has none (--val-size)
     figure, axis = pyplot().subplots(figsize=(6, 5))
     figure.colorbar(axis.imshow(gap.cpu().numpy(), cmap="Blues", vmin=0, vmax=3))
     axis.set(xlabel="logit of class", ylabel="true class")
-    axis.set_title(f"class relations, |student - teacher|: mean {gap.mean():.3f}")
+    axis.set_title(f"class relations, |student - teacher|: mean {seen.mean():.3f}")
     save_figure(figure, path)
-    print(f"correlation gap to the teacher: mean {gap.mean():.4f}, highest {gap.max():.4f}")
-    return round(gap.mean().item(), 5)
+    print(f"correlation gap to the teacher: mean {seen.mean():.4f}, highest {seen.max():.4f}")
+    return round(seen.mean().item(), 5)
 
 
 @torch.no_grad()
@@ -570,7 +576,7 @@ def transfer(args) -> dict:
     state = {"networks": networks, "optimizer": optimizer}
     state |= {"data": data.fingerprint, "student or teacher": hashes}
     steps, first_epoch = data.steps(args.batch_size), run.restore(**state)
-    if run.saved is None:  # under torchrun every process does all of it: with the same dropout
+    if not run.history and not run.step:  # every process of torchrun draws the same dropout
         torch.manual_seed(args.seed)
     for epoch in range(first_epoch, args.epochs):
         meter = Meter(args, epoch, len(data.train.labels))

@@ -302,13 +302,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     if not args.sp_weight:
         for name in ("relation", "sp_maps", "sp_weight_batch"):
             if getattr(args, name) != parser.get_default(name):
-                raise UserError(f"{flag(name)}: has no use with --sp-weight 0; leave it")
+                raise UserError(f"{flag(name)}: has no use with --sp-weight 0; leave it out")
     if args.sp_weight_batch and args.relation != "sp":
         raise UserError(
-            f"--sp-weight-batch: {args.relation} does not fall with the batch; leave it"
+            f"--sp-weight-batch: {args.relation} does not fall with the batch; leave it out"
         )
     if args.sp_maps == "all" and args.relation == "cc":
-        raise UserError("--sp-maps: cc compares embeddings, not maps; leave it")
+        raise UserError("--sp-maps: cc compares embeddings, not maps; leave it out")
     if args.batch_size < 2:
         raise UserError("--batch-size 1: a relation needs two images or more")
     if not args.eval and not args.ce_weight and not args.kd_weight:

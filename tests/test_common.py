@@ -251,10 +251,12 @@ def test_names_are_found_however_they_are_spelled():
     for spelled, name in (("RESNET20", "resnet20"), ("WRN-40-2", "wrn_40_2"), ("Vgg8", "vgg8")):
         with pytest.raises(UserError, match=f"did you mean {name},"):
             build_model(spelled, 10)
+    with pytest.raises(UserError, match="did you mean ResNet50, resnet50"):
+        build_model("RESNET50", 10)
 
 
 def test_near_chance():
-    for classes, least in ((100, 2), (10, 20), (3, 200 / 3), (2, 60)):
+    for classes, least in ((100, 2), (10, 20), (4, 50), (3, 40), (2, 60)):
         assert common.near_chance(least - 0.1, classes)
         assert not common.near_chance(least + 0.1, classes)
 
@@ -473,11 +475,14 @@ def test_sixteen_bit_grey_is_scaled_and_hidden_files_are_skipped(tmp_path):
         image = Image.fromarray(values.astype(np.int32)) if name == "c.tif" else None
         (image or Image.fromarray(values)).save(tmp_path / name)
         assert np.array_equal(np.asarray(common.read_rgb(tmp_path / name))[..., 0], ramp // 256)
+    Image.fromarray((ramp // 256).astype(np.int32)).save(tmp_path / "f.tif")  # 8 bits in 32
+    dark = common.read_rgb(tmp_path / "f.tif")
+    assert np.array_equal(np.asarray(dark)[..., 0], ramp // 256)
     for name, values in (("d.tif", ramp / 65535.0), ("e.tif", ramp.astype(np.int32) * 1000)):
         Image.fromarray(values.astype(np.float32 if name == "d.tif" else np.int32)).save(
             tmp_path / name
         )
-        with pytest.raises(UserError, match="not known which is white"):
+        with pytest.raises(UserError, match="unclear which of its values is white"):
             common.read_rgb(tmp_path / name)
 
 

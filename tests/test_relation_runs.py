@@ -387,7 +387,7 @@ def test_pretrained_starts_from_torchvisions_weights(cwd, monkeypatch, capsys):
     wanted = "MobileNet_V2_Weights.IMAGENET1K_V1"
     assert started == [wanted] * 2  # teacher and student, not the shapes' probe
     assert run("sp", f"{QUICK} --epochs 1 --pretrained") == 2
-    assert "--pretrained: there are no weights of resnet8" in capsys.readouterr().err
+    assert "resnet8: no weights to download; --no-pretrained" in capsys.readouterr().err
 
 
 # --- pictures ------------------------------------------------------------------------------------
@@ -564,6 +564,37 @@ def test_transfer_equals_a_probe_written_by_hand(cwd):
     assert torch.allclose(weights("o/student.pt")["fc.weight"], weight, atol=1e-5)
 
 
+def test_a_probe_killed_before_its_first_save_draws_the_same_dropout(cwd, monkeypatch):
+    teacher_file("student.pt", "mobilenet_v3_small", 100)
+    command = f"{TRANSFER} --student mobilenet_v3_small --student-ckpt student.pt"
+    command = f"{command} --teacher-ckpt student.pt --teacher mobilenet_v3_small"
+    command = command.replace("--epochs 2 --out o", "--epochs 1 --transfer-bn batch") + " --out"
+    assert run("dcd", command, "whole") == 0
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Meter, "add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("dcd", command, "parts")
+    assert run("dcd", command, "parts", "--resume") == 0
+    assert same(weights("whole/student.pt"), weights("parts/student.pt"))
+
+
+def test_a_network_without_maps_is_refused(quick, monkeypatch, capsys):
+    probe = common.probe
+
+    def without_maps(network, data):
+        return probe(network, data)._replace(maps=[])
+
+    monkeypatch.setattr(sp, "probe", without_maps)
+    for flags in ("", "--sp-weight 0 --at-weight 1"):
+        assert run("sp", quick, *flags.split()) == 2
+        assert "resnet8 gives no maps, only an embedding" in capsys.readouterr().err
+    assert run("sp", quick, "--relation", "cc") == 0
+
+
 def test_transfer_finds_the_teacher_and_resumes(cwd, monkeypatch, capsys):
     Path("checkpoints").mkdir()
     teacher_file("checkpoints/cifar100_resnet8.pt", "resnet8", 100)
@@ -603,7 +634,7 @@ def test_transfer_finds_the_teacher_and_resumes(cwd, monkeypatch, capsys):
     # its result.json names the networks too, but what is asked for counts
     known = '{"method": "KD", "student": "wrn_16_1", "teacher": "resnet8"}'
     Path("a-run/result.json").write_text(known)
-    probe = "--transfer shapes --student-ckpt a-run/student.pt --teacher-ckpt t.pth"
+    probe = "--transfer stl10 --student-ckpt a-run/student.pt --teacher-ckpt t.pth"
     args = dcd.parse_args(probe.split())
     assert (args.student, args.teacher, args.method) == ("wrn_16_1", "resnet8", "probe of KD")
     args = dcd.parse_args(f"{probe} --student resnet20 --teacher MobileNetV2".split())
@@ -615,6 +646,15 @@ def test_transfer_finds_the_teacher_and_resumes(cwd, monkeypatch, capsys):
     assert (args.lr, args.epochs, args.batch_size, args.image_size) == (0.05, 120, 64, 224)
     args = dcd.parse_args("--transfer imagenet --student-ckpt a-run/student.pt".split())
     assert args.image_size == 32
+    args = dcd.parse_args("--dataset imagenet --transfer stl10 --student-ckpt r.pt".split())
+    assert (args.student, args.lr) == ("resnet18", 0.05)
+    more = ', "dataset": "shapes", "args": {"image_size": 48}}'
+    Path("a-run/result.json").write_text(known.replace("}", more))
+    Path("checkpoints").mkdir()
+    teacher_file("checkpoints/shapes_resnet8.pt", "resnet8", 100)
+    args = dcd.parse_args("--transfer stl10 --student-ckpt a-run/student.pt".split())
+    assert (args.teacher_ckpt, args.source) == ("checkpoints/shapes_resnet8.pt", "shapes")
+    assert args.image_size == 48
     # below a run's folder: those of its seeds and baselines
     for folder in ("a-run/s1", "a-run/s1/ce"):
         args = dcd.parse_args(f"--transfer shapes --student-ckpt {folder}/student.pt".split())

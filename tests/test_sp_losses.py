@@ -223,7 +223,7 @@ def test_sp_is_at_most_two_over_the_batch_for_features_without_signs():
         for seed in range(20):
             s, t = (x.relu() for x in maps(seed, batch, (1, 2, 2), (1, 2, 2)))
             assert 0 <= sp.sp_loss(s, t) <= 2 / batch
-    # no loss of two images that one tells apart and the other does not comes nearer than this
+    # two images that one network tells apart and the other does not
     apart = torch.eye(2, dtype=torch.float64)
     all_alike = torch.ones(2, 2, dtype=torch.float64)
     assert math.isclose(sp.sp_loss(apart, all_alike), 2 * (2 - math.sqrt(2)) / 4)
@@ -250,11 +250,12 @@ def test_the_order_of_the_series(order):
     kernels = []
     for x in (s, t):
         rows = torch.stack([r / r.norm() for r in x.flatten(1)])
-        exponent = 0.8 * torch.tensor([[float(a @ b) for b in rows] for a in rows])
-        series = sum(exponent.double() ** p / math.factorial(p) for p in range(order + 1))
+        products = [[float(a @ b) for b in rows] for a in rows]
+        exponent = 0.8 * torch.tensor(products, dtype=torch.float64)
+        series = sum(exponent**p / math.factorial(p) for p in range(order + 1))
         kernels.append(math.exp(-0.8) * series)
     wanted = (kernels[0] - kernels[1]).square().mean()
-    assert torch.allclose(sp.cc_loss(s, t, gamma=0.4, order=order), wanted, rtol=1e-6)
+    assert torch.allclose(sp.cc_loss(s, t, gamma=0.4, order=order), wanted, rtol=1e-12)
 
 
 def test_sp_uses_the_l2_norm_of_rows_of_the_raw_product():

@@ -1,5 +1,6 @@
 """ImageNet's path: trees that are decoded in every pass, recipes, pretrained teachers."""
 
+import multiprocessing
 import os
 import shlex
 import signal
@@ -77,6 +78,7 @@ def test_batches_do_not_depend_on_the_workers(tree):
     assert not torch.equal(another[1], alone[1])
 
 
+@pytest.mark.skipif(not Path("/dev/shm").exists(), reason="a Linux folder")
 def test_little_shared_memory_will_do(tree, monkeypatch):
     options, sent = dict(seed=3, augment=True), []
     wanted = everything(load(1).batches("train", 7, **options))
@@ -102,6 +104,7 @@ def test_workers_start_while_signals_wait(tree, monkeypatch):
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & blocked[0]
 
 
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="workers unpatched")
 def test_a_killed_worker_is_one_line(tree, monkeypatch, capsys, any_teacher_passes):
     parent, read = os.getpid(), common.read_rgb
 
