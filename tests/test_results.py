@@ -31,6 +31,7 @@ def test_readme_tables_are_those_of_the_results():
 COMPARED = {
     "cifar100-resnet56-resnet8": {"CE", "KD", "KD++"},
     "relations-resnet56-resnet8": {"CE", "KD", "SP", "SP+KD", "DCD", "DCD+KD"},
+    "relations-resnet56-MobileNetV2": {"CE", "KD", "SP", "SP+KD", "DCD", "DCD+KD"},
     "heldout-resnet56-resnet8": {"CE", "KD", "DCD", "DCD+KD"},
     "transfer-resnet56-resnet8": {"probe of CE", "probe of KD", "probe of DCD", "probe of DCD+KD"},
     "distributions-resnet56-resnet8": {"mse", "w2_empirical", "cw2_empirical", "jw2_empirical"}
@@ -102,6 +103,32 @@ def test_what_the_readme_says_of_kd2ms_weights():
             assert max(times, key=times.get) <= 0.1 and times[10] < ce / 1.9
     spread = [r["student_top1"] for r in load("results/distributions-*-w2_gaussian-s?.json")]
     assert round(statistics.stdev(spread), 1) == 1.3
+
+
+def test_what_the_readme_says_of_mobilenet():
+    found = {}
+    for r in load("results/relations-resnet56-MobileNetV2-*.json"):
+        found.setdefault(r["method"], []).append(r["student_top1"])
+        assert (r["train_images"], r["epochs"], r["args"]["lr"]) == (10000, 15, 0.01)
+        assert r["args"].get("sp_weight", 0) in (0, 3000)
+
+    def above(a, b):
+        gap = statistics.mean(found[a]) - statistics.mean(found[b])
+        return gap > max(statistics.stdev(found[m]) for m in (a, b))
+
+    assert above("DCD", "CE") and above("KD", "CE")
+    assert not above("DCD", "KD") and not above("KD", "DCD")
+    assert above("DCD+KD", "DCD") and above("DCD+KD", "KD")
+    assert max(found["SP"]) < min(found["CE"]) and above("KD", "SP+KD")
+    for script in ("sp", "dcd"):
+        [line] = re.findall("To MobileNetV2.*:(.*)\\(README", __import__(script).__doc__)
+        numbers = dict(re.findall(r"(\S+) (\d+\.\d\d)", line))
+        assert numbers.keys() == {"CE", "KD", script.upper(), f"{script.upper()}+KD"}
+        for method, value in numbers.items():
+            assert f"{statistics.mean(found[method]):.2f}" == value
+    size = load("results/sizes.json")[0]["sizes"]["MobileNetV2"]
+    assert 3000 * size["sp"] == pytest.approx(12, abs=0.7)
+    assert size["ce"] == pytest.approx(5, abs=0.5)
 
 
 def test_what_the_readme_says_of_transfer():
