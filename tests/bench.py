@@ -1,6 +1,6 @@
 """Speed and memory of a training step of each script against the bare networks, in one process.
 
-    python tests/bench.py                     resnet56 -> resnet20, batch 128
+    OMP_NUM_THREADS=1 python tests/bench.py   resnet56 -> resnet20, batch 128; on a CPU, one thread
     python tests/bench.py --json results/bench.json
     python tests/bench.py --only detection --json results/bench.json      or training, metrics
     python tests/bench.py --only loading --imagenet DIR                   with train/ and val/
@@ -124,6 +124,18 @@ def sp_against_bare_products():
     return [1000 * statistics.median(values) for values in times.values()]
 
 
+def by_processor_time(part):
+    """On a CPU in images a second of the processor, so that other programs do not count."""
+
+    def measured():
+        clock = time.process_time if device.type == "cpu" else time.perf_counter
+        with unittest.mock.patch.object(time, "perf_counter", clock):
+            return part()
+
+    return measured
+
+
+@by_processor_time
 def training():
     bare = {
         "bare, teacher folded": bare_step(fold=True),
@@ -299,14 +311,8 @@ def loading():
     }
 
 
+@by_processor_time
 def detection():
-    """On a CPU in images a second of the processor, so that other programs do not count."""
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    with unittest.mock.patch.object(time, "perf_counter", clock):
-        return detection_rates()
-
-
-def detection_rates():
     """Runs of detect_nd.py on drawn scenes against the plain detector's bare step."""
     args = detect_nd.parse_args(["--dataset", "shapes"])
     data = common.load_detection_data(args, device)
