@@ -844,7 +844,7 @@ BAD = {  # arguments -> words of the error
     "--nd-weight -1": "--nd-weight",
     "--kd-weight inf": "--kd-weight",
     "--temperature 0": "--temperature",
-    "--temperature 1e300": "--temperature.*at most 1e12",
+    "--temperature 1e300": "--temperature.*to 1e12",
     "--eval ''": "--eval: must name a file",
     "--teacher-ckpt ''": "--teacher-ckpt: must name a file",
     "--out ''": "--out: must name a file",
