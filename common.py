@@ -1632,10 +1632,11 @@ class Run:
         with contextlib.suppress(*NOT_A_RESULT):
             result = json.loads((self.dir / "result.json").read_text())
             table([result])
-            then, now = result["args"], vars(self.args)
-            files = [(a.get(k) and os.path.realpath(a[k])) for k in BY_HASH - {"pretrained_teacher"}
-                     for a in (then, now)]  # fmt: skip
-            if files[::2] == files[1::2]:
+            then, now = (
+                [os.path.realpath(v) if isinstance(v := args.get(k), str) else v for k in BY_HASH]
+                for args in (result["args"], vars(self.args))
+            )
+            if then == now:
                 return result
         return None  # `restore` compares what is in the files, and it is written again
 

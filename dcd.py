@@ -353,7 +353,7 @@ def prepare_transfer(args, default) -> None:
         if getattr(args, name) is None:
             known = learned.get(name) in model_names()
             setattr(args, name, learned[name] if known else defaults[name])
-    if learned.get("dataset") in STATS:
+    if str(learned.get("dataset")) in STATS:
         args.dataset = learned["dataset"]
     with contextlib.suppress(LookupError, TypeError):
         args.image_size = args.image_size or int(learned["args"]["image_size"])
