@@ -247,6 +247,14 @@ def test_what_the_readme_says_of_the_run_on_real_images():
         assert r["dataset"] == "coco" and r["train_images"] == 94 and r["val_images"] == 32
 
 
+def test_what_the_readme_says_of_imagenet():
+    found = load("results/imagenet-sample-*.json")
+    assert {r["script"] for r in found} == {"nd.py", "sp.py", "dcd.py", "kd2m.py"}
+    for r in found:
+        assert (r["dataset"], r["train_images"], r["test_images"]) == ("imagenet", 1000, 1000)
+        assert (r["epochs"], r["args"]["image_size"]) == (1, 64) and r["student_top1"] < 1
+
+
 def test_default_weights_and_printed_sizes_are_those_measured():
     """What the docstrings say of values before training, and of the weights taken from them."""
     sizes = load("results/sizes.json")[0]["sizes"]
