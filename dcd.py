@@ -224,7 +224,8 @@ def kd_loss(
     """Hinton's distillation: T^2 KL(softmax(z_t/T) || softmax(z_s/T)), mean over the batch.
 
     [B,K] logits, finite. T^2 undoes the 1/T^2 that the temperature puts on the gradient, so that
-    one weight serves about every T. Usual weight 1 (up to 4). Source: arXiv 1503.02531.
+    one weight serves about every T. Usual weight 1 (up to 4). ValueError: shapes differ. Source:
+    arXiv 1503.02531.
     """
     _alike(student_logits, teacher_logits)
     log_s = F.log_softmax(_full(student_logits) / temperature, 1)  # [B,K]

@@ -139,7 +139,7 @@ def nd_loss(
     the student's after a projector trained with it: BatchNorm1d, Dropout(0.5), Linear.
     class_means [K,D]: the teacher's mean embedding of each class, in eval mode, over the training
     set; only their direction counts. labels [B].
-    Usual weight 1 (paper: 0.5 to 4). ValueError: embeddings of different shape.
+    Usual weight 1 (paper: 0.5 to 4). ValueError: shapes that do not fit.
     While |s| < |t| the gradient is -e_y / |t|: a step adds a multiple of e_y to s, which turns it
     and, once within 90 degrees of e_y, lengthens it. Beyond |t| it only turns. The loss is 0 where
     s points along e_y and is no shorter than t. Source: arXiv 2305.17007.
@@ -158,7 +158,8 @@ def kd_loss(
     """Hinton's distillation: T^2 KL(softmax(z_t/T) || softmax(z_s/T)), mean over the batch.
 
     [B,K] logits, finite. T^2 undoes the 1/T^2 that the temperature puts on the gradient, so that
-    one weight serves about every T. Usual weight 1 (up to 4). Source: arXiv 1503.02531.
+    one weight serves about every T. Usual weight 1 (up to 4). ValueError: shapes differ. Source:
+    arXiv 1503.02531.
     """
     _alike(student_logits, teacher_logits)
     log_s = F.log_softmax(_full(student_logits) / temperature, 1)  # [B,K]

@@ -128,7 +128,7 @@ def nd_loss(
     the student's after a projector trained with it: BatchNorm1d, Dropout(0.5), Linear.
     class_means [K,D]: the teacher's mean embedding of each class, in eval mode, over the training
     set; only their direction counts. labels [B].
-    Usual weight 1 (paper: 0.5 to 4). ValueError: embeddings of different shape.
+    Usual weight 1 (paper: 0.5 to 4). ValueError: shapes that do not fit.
     While |s| < |t| the gradient is -e_y / |t|: a step adds a multiple of e_y to s, which turns it
     and, once within 90 degrees of e_y, lengthens it. Beyond |t| it only turns. The loss is 0 where
     s points along e_y and is no shorter than t. Source: arXiv 2305.17007.
@@ -144,7 +144,8 @@ def nd_loss(
 def direction_loss(
     student_emb: torch.Tensor, class_means: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
-    """Direction alone: mean of 1 - cos(s, c_y). [B,D], [K,D], [B]. Usual weight 1."""
+    """Direction alone: mean of 1 - cos(s, c_y). [B,D], [K,D], [B]. Usual weight 1.
+    ValueError: shapes that do not fit."""
     s = _unit(_full(student_emb).flatten(1))  # [B,D]
     e = _unit(_full(class_means.detach()))[labels]
     _alike(s, e)
@@ -163,7 +164,8 @@ def kd_loss(
     """Hinton's distillation: T^2 KL(softmax(z_t/T) || softmax(z_s/T)), mean over the batch.
 
     [B,K] logits, finite. T^2 undoes the 1/T^2 that the temperature puts on the gradient, so that
-    one weight serves about every T. Usual weight 1 (up to 4). Source: arXiv 1503.02531.
+    one weight serves about every T. Usual weight 1 (up to 4). ValueError: shapes differ. Source:
+    arXiv 1503.02531.
     """
     _alike(student_logits, teacher_logits)
     log_s = F.log_softmax(_full(student_logits) / temperature, 1)  # [B,K]
@@ -184,7 +186,8 @@ def dkd_loss(
     [B,K] logits, [B] labels. TCKD: KL between the masses (true class, all others). NCKD: KL among
     the others alone; plain KD multiplies it by the teacher's mass on them, tiny where the teacher
     is sure. With K = 2, NCKD is 0. Logits finite. Usual alpha 0.5 to 2.5, beta 4 to 8; on ImageNet,
-    at temperature 1, alpha 0.6 to 1, beta 0.5 to 1. Source: arXiv 2203.08679.
+    at temperature 1, alpha 0.6 to 1, beta 0.5 to 1. ValueError: logits of different shapes. Source:
+    arXiv 2203.08679.
     """
 
     def split(logits):
@@ -215,7 +218,8 @@ def dist_loss(
     [B,K] logits. Pearson correlations of the two matrices of probabilities: rows compare the
     classes within an image, columns the images within a class: under DDP gather the logits first,
     for a column needs the whole batch. A row or column that is constant, or varies by less than
-    1e-7, has correlation 0. Usual weight 1.5 to 7. Source: arXiv 2205.10536.
+    1e-7, has correlation 0. Usual weight 1.5 to 7. ValueError: shapes differ. Source: arXiv
+    2205.10536.
     """
     _alike(student_logits, teacher_logits)
     p_s = F.softmax(_full(student_logits) / temperature, 1)  # [B,K]
