@@ -1168,8 +1168,8 @@ class _Files(torch.utils.data.Dataset):
             except UserError as error:
                 return str(error), None
             with torch.random.fork_rng(devices=[]):
-                if self.draws is not None:
-                    torch.manual_seed(int(self.draws[part][row]))
+                if self.draws is not None:  # the CPU's generator alone: a GPU's is the run's
+                    torch.default_generator.manual_seed(int(self.draws[part][row]))
                 images[row] = torch.from_numpy(np.array(self.transform(image)))
         return images, self.labels[order]
 
@@ -1386,7 +1386,8 @@ def _decoded(samples, size, workers, cache):
         def decode(i):
             images[i] = torch.from_numpy(_decode(samples[i][0], size))
 
-        with ThreadPoolExecutor(workers or min(cores(), 64)) as pool:
+        threads = min(cores(), 64) if workers is None else max(1, workers)
+        with ThreadPoolExecutor(threads) as pool:
             list(pool.map(decode, range(len(samples))))
         return images
 
@@ -2159,7 +2160,7 @@ def get_teacher(args, data: Data, train) -> Teacher:
             )
         net = build_model(args.teacher, data.num_classes, pretrained=True)
     elif not args.teacher_ckpt:
-        teacher_args = _teacher_args(args, data)
+        teacher_args = _teacher_args(args)
         recipe = {name: getattr(teacher_args, name, None) for name in TEACHER_RECIPE}
         recipe |= {"data": data.fingerprint, "images": len(data.train.labels)}
         if gather_objects(path.exists())[0]:
@@ -2167,7 +2168,7 @@ def get_teacher(args, data: Data, train) -> Teacher:
         else:
             print(f"teacher: no {path}; training it for {teacher_args.epochs} epochs", flush=True)
             _writable(path.parent)
-            result = train(teacher_args)
+            result = train(_resumed_if_begun(teacher_args, data))
             if rank() == 0:
                 weights = read_checkpoint(Path(teacher_args.out) / "student.pt")
                 top1 = result["student_top1"]
@@ -2231,14 +2232,14 @@ TEACHER_RECIPE = ("student", "epochs", "seed", "precision", "image_size", "pretr
 TEACHER_RECIPE += TEACHER_OPTIMIZER
 
 
-def _teacher_args(args, data):
+def _teacher_args(args):
     """The arguments that train the teacher: the same recipe, every loss but cross-entropy off."""
     new = {k: v if k in TEACHER_KEEPS else 0.0 for k, v in vars(args).items()}
     new |= dict(student=args.teacher, teacher=None, teacher_ckpt=None, method="teacher")
     new |= dict(ce_weight=1.0, lr=args.teacher_lr, epochs=args.teacher_epochs)
     new |= dict(seed=0)  # whatever the students' seeds: all of them learn from one teacher
     new |= dict(out=f"runs/teacher-{args.dataset}-{args.teacher}", resume=False)
-    return _resumed_if_begun(argparse.Namespace(**new), data)
+    return argparse.Namespace(**new)
 
 
 def _resumed_if_begun(args, data):
@@ -3118,8 +3119,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", help="torch.compile both networks: slow start, for a GPU")
     add("--gather", choices=("global", "local"), default="global", help="under torchrun losses"
         " between images see the whole batch, or each process its own share (global)")  # fmt: skip
-    add("--workers", type=positive_int, metavar="N", help="threads that decode a tree, processes"
-        " that decode imagenet (one a core)")  # fmt: skip
+    add("--workers", type=at_most(256), metavar="N", help="threads that decode a tree, processes"
+        " that decode imagenet; 0: the program itself (one a core)")  # fmt: skip
     _add_file_arguments(add)
 
 

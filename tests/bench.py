@@ -7,9 +7,10 @@
 
 The bare step is the student's forward and backward, the teacher's forward and the optimizer on
 tensors that are ready: no loading, augmentation, distillation loss, metrics or schedule. Bare steps
-come right before whatever is compared with them, so that a noisy machine slows both; compare those
-ratios, not rates. For detect_nd.py the bare step is the plain detector's, and the teacher's
-backbone and box branch on the same regions. Nothing here is a test: timings do not belong in tests.
+come right before and after whatever is compared with them, so that a noisy machine slows both;
+compare those ratios, not rates. For detect_nd.py the bare step is the plain detector's, and the
+teacher's backbone and box branch on the same regions. Nothing here is a test: timings do not
+belong in tests.
 """
 
 import argparse
@@ -170,12 +171,14 @@ def training():
     measure = {name: functools.partial(rate, other) for name, other in bare.items()}
     measure |= {name: functools.partial(real_rate, *run) for name, run in real.items()}
     del measure["bare, teacher folded"]
+    before = rate(step)
     for _ in range(options.rounds):
         for name, work in measure.items():
-            rates["bare, teacher folded"].append(rate(step))
-            rates.setdefault(name, []).append(work())
-            ratio = rates[name][-1] / rates["bare, teacher folded"][-1]
-            of_bare.setdefault(name, []).append(round(ratio, 4))
+            value, after = work(), rate(step)
+            rates["bare, teacher folded"].append(after)
+            rates.setdefault(name, []).append(value)
+            of_bare.setdefault(name, []).append(round(2 * value / (before + after), 4))
+            before = after
     emb = [torch.randn(options.batch_size, 64, device=device, requires_grad=i == 0) for i in (0, 1)]
     means = torch.rand(24, 64, device=device)
     loss_only = seconds(lambda: nd.nd_loss(*emb, means, labels).backward(), 200)

@@ -19,6 +19,12 @@ def cwd(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    """What a crash of the machine would leave of a file is not what these tests are about."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture(autouse=True)
 def forget_loaded_data():
     import common
 

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pickle
-import time
 
 import numpy as np
 import pytest
@@ -319,18 +318,15 @@ def tree(root, classes=3, train=4, test=2, size=32, splits=("train", "val")):
                 Image.fromarray(pixels).save(folder / f"{i}.png")
 
 
-def test_shapes_are_deterministic_balanced_and_fast():
-    start = time.perf_counter()
-    first = common.draw_shapes(6000, 0)
-    seconds = time.perf_counter() - start
-    print(f"6,000 shapes in {seconds:.2f} s")  # the bound, 3 s, is the benchmark's to check
+def test_shapes_are_deterministic_balanced_and_all_different():
+    first = common.draw_shapes(1200, 0)
     again, other = common.draw_shapes(600, 7), common.draw_shapes(600, 8)
     assert torch.equal(again.images, common.draw_shapes(600, 7).images)
     assert not torch.equal(again.images, other.images)
     assert len(common.SHAPE_CLASSES) >= 20
-    assert first.labels.bincount().tolist() == [250] * 24
-    assert first.images.shape == (6000, 32, 32, 3) and first.images.dtype == torch.uint8
-    assert len({image.tobytes() for image in first.images.numpy()}) == 6000  # no two alike
+    assert first.labels.bincount().tolist() == [50] * 24
+    assert first.images.shape == (1200, 32, 32, 3) and first.images.dtype == torch.uint8
+    assert len({image.tobytes() for image in first.images.numpy()}) == 1200  # no two alike
     assert not {i.tobytes() for i in again.images.numpy()} & {
         i.tobytes() for i in other.images.numpy()
     }
@@ -363,21 +359,21 @@ def test_augmentation_equals_a_literal_loop():
     assert {s[3] for s in seen} == {False, True} and len({s[1:3] for s in seen}) > 30
 
 
-def test_normalisation_and_order():
-    data = common.load_data(arguments(train_size=100), CPU)
-    images, labels = next(data.batches("train", 100))
+def test_normalisation_and_order(few_shapes):
+    data = common.load_data(arguments(train_size=60), CPU)
+    images, labels = next(data.batches("train", 60))
     expected = (data.train.images.double() / 255 - 0.5) / 0.25
     assert torch.allclose(images.permute(0, 2, 3, 1).double(), expected, atol=1e-5)
     assert torch.equal(labels, data.train.labels) and images.is_contiguous(
         memory_format=torch.channels_last
     )
     one, two = ([y for _, y in data.batches("train", 32, seed=s)] for s in (5, 5))
-    assert all(torch.equal(a, b) for a, b in zip(one, two)) and sum(map(len, one)) == 100
+    assert all(torch.equal(a, b) for a, b in zip(one, two)) and sum(map(len, one)) == 60
     other = torch.cat([y for _, y in data.batches("train", 32, seed=6)])
     assert not torch.equal(torch.cat(one), other)
 
 
-def test_a_last_batch_of_one_is_left_out_when_training_only():
+def test_a_last_batch_of_one_is_left_out_when_training_only(few_shapes):
     data = common.load_data(arguments(train_size=33), CPU)
     assert [len(y) for _, y in data.batches("train", 16, seed=0)] == [16, 16]
     assert (
@@ -457,7 +453,9 @@ def test_other_sizes_grey_and_cmyk_images(tmp_path):
     tree(tmp_path, size=40)
     Image.fromarray(np.zeros((20, 50), np.uint8)).save(tmp_path / "train" / "class0" / "grey.png")
     Image.new("CMYK", (64, 48)).save(tmp_path / "train" / "class0" / "ink.jpg")
-    data = common.load_data(arguments(dataset="folder", data_dir=str(tmp_path), image_size=24), CPU)
+    data = common.load_data(
+        arguments(dataset="folder", data_dir=str(tmp_path), image_size=24, workers=0), CPU
+    )
     assert data.train.images.shape == (14, 24, 24, 3) and data.pad == 3
 
 

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import ot
 import pytest
 import scipy.linalg
 import torch
@@ -356,6 +355,8 @@ def test_what_nd_and_kd2m_share_is_the_same_text():
 
 @pytest.mark.parametrize("batch", [2, 17, 64])
 def test_transport_equals_pot(batch):
+    import ot  # a second to import, which the other tests need not wait for
+
     g = torch.Generator().manual_seed(batch)
     s, t = (torch.randn(batch, 8, generator=g, dtype=torch.float64) for _ in range(2))
     zs, zt = (torch.randn(batch, 5, generator=g, dtype=torch.float64) for _ in range(2))

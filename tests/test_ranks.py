@@ -127,8 +127,11 @@ def test_a_probe_is_the_same_in_every_process(outcomes):
 def alone(tmp_path_factory):
     """A run of two processes that nothing disturbed, started as people do."""
     folder = tmp_path_factory.mktemp("alone")
-    script = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\n"
-    script += "import common, ranks, sp; ranks.few_shapes()\n"
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport common, sp\n"
+    script += "draw = common.draw_shapes\n"
+    script += (
+        "common.draw_shapes = lambda count, seed, size: draw(min(count, 72), seed, size // 2)\n"
+    )
     (folder / "script.py").write_text(script + "sys.exit(common.run_program(sp.program))\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["script.py", *SCRIPT, "--out", "a"]
@@ -156,11 +159,19 @@ def wait_for_epochs(count, folder, started):
     raise AssertionError(f"no epoch {count} in {folder}")
 
 
-def test_one_rank_stops_and_all_resume_exactly(alone):
+def test_one_rank_stops_and_all_resume_exactly(alone, monkeypatch):
     folder, _ = alone
+    add = common.Meter.add
+
+    def slowly(*a):  # so that the signal comes before the end
+        time.sleep(0.05)
+        add(*a)
+
     argv = [*SCRIPT, "--out", "stopped"]
     for number, rank, epochs in ((signal.SIGKILL, 1, 1), (signal.SIGTERM, 0, 2)):
-        started = pair(sp.program, argv, folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(common.Meter, "add", slowly)
+            started = pair(sp.program, argv, folder)
         wait_for_epochs(epochs, folder / "stopped", started)
         os.kill(started[rank].pid, number)
         statuses, errors = finish(started, folder)
