@@ -34,7 +34,7 @@ def forget_loaded_data():
 
 @pytest.fixture
 def few_shapes(monkeypatch):
-    """The splits of `shapes` cut to 72 images of half the size: tests need no accuracy."""
+    """The splits of `shapes` cut to 72 and 24 images of half the size: tests need no accuracy."""
     import ranks
 
     import common

@@ -1,11 +1,14 @@
 """What the tests of whole runs share: commands of a second, files to load, ways to stop."""
 
+import functools
 import json
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +50,21 @@ def teacher_file(path="teacher.pth", name="resnet8", classes=24):
     return path
 
 
+class Tiny(torch.nn.Module):
+    """The least that a script can train, for runs of hundreds of epochs."""
+
+    name = "tiny"
+
+    def __init__(self, classes):
+        super().__init__()
+        self.fc = torch.nn.Linear(3, classes)
+
+    def forward(self, images, return_features=False):
+        embedding = images.mean((2, 3))
+        features = common.Features(embedding, [images], [images])
+        return (self.fc(embedding), features) if return_features else self.fc(embedding)
+
+
 def stop_in(monkeypatch, which_add):
     """Make the program receive SIGTERM at its n-th training step."""
     count = [0]
@@ -78,20 +96,29 @@ class Bomb:
 
 
 def make_bad_files():
-    net = common.build_model("resnet8", 24)
-    torch.save(net.state_dict(), "chance.pth")
-    torch.save(net.state_dict() | {"fc.bias": torch.full((24,), torch.nan)}, "nan.pth")
-    Path("torn.pth").write_bytes(Path("chance.pth").read_bytes()[:5000])
-    Path("torn").mkdir()
-    Path("torn/last.pt").write_bytes(Path("chance.pth").read_bytes()[:5000])
-    torch.save({"model": net.state_dict(), "opt": Bomb()}, "code.pth")
-    torch.save(common.build_model("resnet14", 24).state_dict(), "other.pth")
-    torch.save(common.build_model("resnet8", 100).state_dict(), "classes.pth")
+    """Here, in the current folder."""
+    shutil.copytree(_bad_files().name, ".", dirs_exist_ok=True)
+
+
+@functools.cache
+def _bad_files():
+    """Made once."""
+    made = tempfile.TemporaryDirectory()
+    here, net = Path(made.name), common.build_model("resnet8", 24)
+    torch.save(net.state_dict(), here / "chance.pth")
+    torch.save(net.state_dict() | {"fc.bias": torch.full((24,), torch.nan)}, here / "nan.pth")
+    (here / "torn.pth").write_bytes((here / "chance.pth").read_bytes()[:5000])
+    (here / "torn").mkdir()
+    shutil.copy(here / "torn.pth", here / "torn/last.pt")
+    torch.save({"model": net.state_dict(), "opt": Bomb()}, here / "code.pth")
+    torch.save(common.build_model("resnet14", 24).state_dict(), here / "other.pth")
+    torch.save(common.build_model("resnet8", 100).state_dict(), here / "classes.pth")
     for root in ("damaged", "classless"):
         for split in ("train", "val"):
             for name in ("a", "b"):
-                folder = Path(root) / split / name
+                folder = here / root / split / name
                 folder.mkdir(parents=True)
                 Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(folder / "0.png")
-    Path("damaged/train/a/0.png").write_bytes(b"\x89PNG nothing")
-    Path("classless/train/empty").mkdir()
+    (here / "damaged/train/a/0.png").write_bytes(b"\x89PNG nothing")
+    (here / "classless/train/empty").mkdir()
+    return made

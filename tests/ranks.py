@@ -44,8 +44,8 @@ SYNCHRONOUS = {
 
 
 def few(draw):
-    """Of `draw_shapes`: one that makes splits of 72 images of half the size."""
-    return lambda count, seed, size: draw(min(count, 72), seed, size // 2)
+    """Of `draw_shapes`: one that makes splits of 72 and 24 images of half the size."""
+    return lambda count, seed, size: draw(72 if count > 1000 else 24, seed, size // 2)
 
 
 def few_shapes():

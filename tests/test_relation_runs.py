@@ -16,6 +16,7 @@ from helpers import (
     QUICK,
     TIMES,
     WIDE,
+    Tiny,
     lines,
     make_bad_files,
     result,
@@ -293,6 +294,7 @@ def test_schedules_at_full_length(
 
     monkeypatch.setattr(common.Meter, "add", spy)
     monkeypatch.setattr(module, "evaluate", lambda *a: 0.0)
+    monkeypatch.setattr(module, "build_model", lambda name, classes, *_: Tiny(classes))
     monkeypatch.setattr(common.Run, "_save", lambda *a: None)
     monkeypatch.setattr(common.Run, "_write_metrics", lambda *a: None)
     monkeypatch.setattr(common.Meter, "report", lambda *a: None)
