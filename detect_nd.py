@@ -108,7 +108,7 @@ def _full(x: torch.Tensor) -> torch.Tensor:
 
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> None:
-    """ValueError: their shapes differ, so that they would broadcast to a wrong loss."""
+    """Raises ValueError if the shapes differ: they would broadcast to a wrong loss."""
     if a.shape != b.shape:
         raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)}: must be the same")
 
@@ -120,9 +120,9 @@ def _unit(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
 
 
 def _rows(student_emb: torch.Tensor, teacher_emb: torch.Tensor) -> list[torch.Tensor]:
-    """Both as [B,D], the teacher's without gradient. ValueError: not of one shape."""
+    """Both embeddings as [B,D], the teacher's without gradient. Raises ValueError as `_alike`."""
     s, t = _full(student_emb).flatten(1), _full(teacher_emb.detach()).flatten(1)
-    if s.shape != t.shape:  # else they would broadcast to a wrong loss
+    if s.shape != t.shape:
         raise ValueError(f"embeddings {tuple(s.shape)} and {tuple(t.shape)}: project the student's")
     return [s, t]
 
@@ -138,14 +138,15 @@ def nd_loss(
     student_emb, teacher_emb [B,D] (or [B,D,1,1]): inputs of the classifiers. If the widths differ,
     the student's after a projector trained with it: BatchNorm1d, Dropout(0.5), Linear.
     class_means [K,D]: the teacher's mean embedding of each class, in eval mode, over the training
-    set; only their direction counts. labels [B].
+    set; only their direction counts. labels [B], from 0 to K-1.
     Usual weight 1 (paper: 0.5 to 4). ValueError: shapes that do not fit.
-    While |s| < |t| the gradient is -e_y / |t|: a step adds a multiple of e_y to s, which turns it
-    and, once within 90 degrees of e_y, lengthens it. Beyond |t| it only turns. The loss is 0 where
-    s points along e_y and is no shorter than t. Source: arXiv 2305.17007.
+    While |s| < |t|, even at s = 0, the gradient of an image's term is -e_y / |t|: a step adds a
+    multiple of e_y to s, which turns it and, once within 90 degrees of e_y, lengthens it. Beyond
+    |t| it only turns. The loss is 0 where s points along e_y and is no shorter than t. Source:
+    arXiv 2305.17007.
     """
     s, t = _rows(student_emb, teacher_emb)  # [B,D]
-    e = _unit(_full(class_means.detach()))[labels]  # e_y = c_y / |c_y|  [B,D]
+    e = F.embedding(labels, _unit(_full(class_means.detach())))  # e_y, by row  [B,D]
     _alike(s, e)
     longer = torch.maximum(s.norm(dim=1), t.norm(dim=1))  # max(|s|, |t|)  [B]
     longer = longer.masked_fill(longer < 1e-7, float("inf"))  # both zero: nothing to learn from
@@ -171,10 +172,11 @@ class ReviewKD(torch.nn.Module):
     """Fuses student maps from deep to shallow and shapes them like the teacher's.
 
     student_channels, teacher_channels: widths of the levels, shallow to deep. Each level: a 1x1
-    convolution to `mid_channels`; at all but the deepest, add the deeper level's result, the two
-    weighted by a sigmoid gate each; a 3x3 convolution to the teacher's width. Published levels: the
-    stage outputs, the student's after and the teacher's before their last ReLU, and as the deepest
-    the embedding as [B,D,1,1], for which training needs B >= 2. Source: arXiv 2104.09044.
+    convolution to `mid_channels`; at all but the deepest, mix in what the deeper level had before
+    its 3x3 convolution, the two weighted by a sigmoid gate each; resize to the teacher's map; a 3x3
+    convolution to the teacher's width. Published levels: the stage outputs, the student's after and
+    the teacher's before their last ReLU, and as the deepest the embedding as [B,D,1,1], for which
+    training needs B >= 2. Source: arXiv 2104.09044.
     """
 
     def __init__(self, student_channels: list[int], teacher_channels: list[int], mid_channels: int):
@@ -203,30 +205,26 @@ class ReviewKD(torch.nn.Module):
                 deeper = F.interpolate(deeper, x.shape[-2:], mode="nearest")
                 gate = torch.sigmoid(self.gates[level](torch.cat([x, deeper], 1)))  # [B,2,h,w]
                 x = x * gate[:, :1] + deeper * gate[:, 1:]
-            x = F.interpolate(x, teacher_maps[level].shape[-2:], mode="nearest")
-            results.insert(0, self.outward[level](x))
-            deeper = x
+            deeper = F.interpolate(x, teacher_maps[level].shape[-2:], mode="nearest")
+            results.insert(0, self.outward[level](deeper))
         return results
 
 
 def hcl_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor]) -> torch.Tensor:
     """Hierarchical context loss: MSE at full size and pooled to 4, 2, 1, summed over the levels.
 
-    Lists of [B,C,H,W], equal shapes (else ValueError). Weights 1, 1/2, 1/4, 1/8, in this order over
-    the sizes used, divided by their sum; a pooled size that is not below H is not used. Usual
-    weight of the loss 0.6 to 8. Source: arXiv 2104.09044.
+    Lists of [B,C,H,W], equal shapes (else ValueError). Only sizes below H are used; full size has
+    weight 1, each further size used half of the one before, and a level's weights are divided by
+    their sum. Usual weight of the loss 0.6 to 8. Source: arXiv 2104.09044.
     """
     total = 0.0
     for s, t in zip(student_maps, teacher_maps, strict=True):
-        s, t = _full(s), _full(t.detach())
         _alike(s, t)
-        loss, weight_sum, scale = (s - t).square().mean(), 1.0, 1.0
-        for size in (4, 2, 1):
-            if size < s.shape[-2]:
-                scale /= 2
-                pooled = [F.adaptive_avg_pool2d(x, size) for x in (s, t)]
-                loss, weight_sum = loss + scale * F.mse_loss(*pooled), weight_sum + scale
-        total = total + loss / weight_sum
+        gaps = [_full(s) - _full(t.detach())]  # [B,C,H,W]; pooling is linear, so pool these
+        gaps += [F.adaptive_avg_pool2d(gaps[0], n) for n in (4, 2, 1) if n < s.shape[-2]]
+        weights = [0.5**k for k in range(len(gaps))]
+        terms = (w * gap.square().mean() for w, gap in zip(weights, gaps))
+        total = total + sum(terms) / sum(weights)
     return total
 
 

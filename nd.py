@@ -1,21 +1,23 @@
 """ND: knowledge distillation by feature norm and direction (KD++, DKD++, DIST++, ReviewKD++).
 
 The idea in one sentence: turn the student's embedding of an image towards the teacher's mean
-embedding of that image's class, and lengthen it until it is at least as long as the teacher's own.
+embedding of that image's class and, along that direction, lengthen it until it is at least as long
+as the teacher's own.
 
     Wang, Cheng, Duan, Wang, Feng, Kong: Improving Knowledge Distillation via Regularizing Feature
     Norm and Direction, arXiv 2305.17007 (ECCV 2024: "... Feature Direction and Norm").
 
-For image i of class y, with s = student_emb[i], t = teacher_emb[i] (the inputs of the classifiers)
+For image i of class y, with s = student_emb[i], t = teacher_emb[i] (the inputs of the classifiers;
+if their widths differ, s comes out of a projector, BatchNorm, Dropout, Linear, later thrown away)
 and e_y = class_means[y] / |class_means[y]|:
 
     nd   = mean_i [ 1 - (s . e_y) / max(|s|, |t|) ]  =  mean_i [ 1 - cos(s, e_y) min(1, |s|/|t|) ]
     loss = ce_weight * ce + warm_up * kd_weight * base + nd_weight * nd
 
-base is KD, DKD, DIST or ReviewKD; with nd it becomes KD++, DKD++, DIST++ or ReviewKD++. (The
-paper's ablations, --direction-weight and --norm-weight, add a half of nd alone.) warm_up grows from
-0 to 1 over the first twelfth of the run (ImageNet: twentieth). If the widths differ, s is the
-student's embedding after a projector (BatchNorm, Dropout, Linear), later thrown away.
+ce is the cross-entropy; base is KD, DKD, DIST or ReviewKD, and with nd becomes KD++, DKD++, DIST++
+or ReviewKD++. warm_up grows from 0 to 1 over the first twelfth of the run (ImageNet: twentieth).
+The paper's ablations take nd apart: --direction-weight, 1 - cos(s, e_y), and --norm-weight,
+relu(1 - |s|/|t|), stand in its place.
 
     python nd.py --teacher resnet56 --student resnet20            CIFAR-100, the paper's recipe
     python nd.py --base dkd --compare --seeds 0 1 2               DKD++, DKD, KD and CE, 3 seeds
@@ -31,13 +33,13 @@ shows that the code works, not what the method gains in 240 epochs.
     KD    34.07 ± 0.27
     KD++  35.46 ± 0.90
 
-(--student resnet8 --teacher-ckpt FILE --train-size 10000 --epochs 15 --compare --seeds 0 1 2. KD is
-lower in sp.py and dcd.py, whose recipe has smaller batches, half the learning rate and no warm-up.)
+(--student resnet8 --teacher-ckpt FILE --train-size 10000 --epochs 15 --compare --seeds 0 1 2)
 
 Differs from the paper and its code:
  1. Class means come from clean training images (--class-means augmented: the official way) and are
     summed in double precision; the official code rounds each value to 4 decimals.
- 2. One vectorised loss; where |s| = |t| = 0 it is 1 with zero gradient instead of 0/0.
+ 2. Where |s| and |t| are both 0 (below 1e-7) ND is 1 with zero gradient instead of 0/0. DIST's
+    correlations have no epsilon; the published 1e-8 draws those of very small columns towards 0.
  3. The result is the last epoch. The paper's code keeps the epoch that is best on the test set.
  4. The projector starts as PyTorch starts it and leaves the student's classifier alone; the paper's
     code resets that classifier too whenever there is a projector.
@@ -45,8 +47,8 @@ Differs from the paper and its code:
     180, 210 and 20, as published), so that a shorter run keeps the recipe's shape. On ImageNet the
     paper's code warms ND up too in DKD++; here ND is whole from the start.
  6. ReviewKD works for every pair with the same number of stages, resized to the teacher's maps.
- 7. Under torchrun every loss sees the whole batch. --gather local: each process its own share,
-    which matters to DIST, whose columns run over the images.
+ 7. Under torchrun every loss is that of the whole batch, though BatchNorm sees a process's share.
+    --gather local: the losses too, which matters to DIST, whose columns run over the images.
 """
 
 import argparse
@@ -88,7 +90,10 @@ from common import (  # nothing in there knows about distillation
 
 # --- copy from here ---------------------------------------------------------------------------
 # Needs `import torch` and `import torch.nn.functional as F`. Every loss computes in float32 or
-# better and sends no gradient into the teacher.
+# better and sends no gradient into the teacher. ND alone is the first four functions, nd_loss and,
+# below the block, compute_class_means:
+#     class_means = compute_class_means(teacher, batches, num_classes)  # once
+#     loss = ce + nd_loss(student_emb, teacher_emb, class_means, labels)
 
 
 def _full(x: torch.Tensor) -> torch.Tensor:
@@ -97,7 +102,7 @@ def _full(x: torch.Tensor) -> torch.Tensor:
 
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> None:
-    """ValueError: their shapes differ, so that they would broadcast to a wrong loss."""
+    """Raises ValueError if the shapes differ: they would broadcast to a wrong loss."""
     if a.shape != b.shape:
         raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)}: must be the same")
 
@@ -109,9 +114,9 @@ def _unit(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
 
 
 def _rows(student_emb: torch.Tensor, teacher_emb: torch.Tensor) -> list[torch.Tensor]:
-    """Both as [B,D], the teacher's without gradient. ValueError: not of one shape."""
+    """Both embeddings as [B,D], the teacher's without gradient. Raises ValueError as `_alike`."""
     s, t = _full(student_emb).flatten(1), _full(teacher_emb.detach()).flatten(1)
-    if s.shape != t.shape:  # else they would broadcast to a wrong loss
+    if s.shape != t.shape:
         raise ValueError(f"embeddings {tuple(s.shape)} and {tuple(t.shape)}: project the student's")
     return [s, t]
 
@@ -127,14 +132,15 @@ def nd_loss(
     student_emb, teacher_emb [B,D] (or [B,D,1,1]): inputs of the classifiers. If the widths differ,
     the student's after a projector trained with it: BatchNorm1d, Dropout(0.5), Linear.
     class_means [K,D]: the teacher's mean embedding of each class, in eval mode, over the training
-    set; only their direction counts. labels [B].
+    set; only their direction counts. labels [B], from 0 to K-1.
     Usual weight 1 (paper: 0.5 to 4). ValueError: shapes that do not fit.
-    While |s| < |t| the gradient is -e_y / |t|: a step adds a multiple of e_y to s, which turns it
-    and, once within 90 degrees of e_y, lengthens it. Beyond |t| it only turns. The loss is 0 where
-    s points along e_y and is no shorter than t. Source: arXiv 2305.17007.
+    While |s| < |t|, even at s = 0, the gradient of an image's term is -e_y / |t|: a step adds a
+    multiple of e_y to s, which turns it and, once within 90 degrees of e_y, lengthens it. Beyond
+    |t| it only turns. The loss is 0 where s points along e_y and is no shorter than t. Source:
+    arXiv 2305.17007.
     """
     s, t = _rows(student_emb, teacher_emb)  # [B,D]
-    e = _unit(_full(class_means.detach()))[labels]  # e_y = c_y / |c_y|  [B,D]
+    e = F.embedding(labels, _unit(_full(class_means.detach())))  # e_y, by row  [B,D]
     _alike(s, e)
     longer = torch.maximum(s.norm(dim=1), t.norm(dim=1))  # max(|s|, |t|)  [B]
     longer = longer.masked_fill(longer < 1e-7, float("inf"))  # both zero: nothing to learn from
@@ -144,10 +150,10 @@ def nd_loss(
 def direction_loss(
     student_emb: torch.Tensor, class_means: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
-    """Direction alone: mean of 1 - cos(s, c_y). [B,D], [K,D], [B]. Usual weight 1.
+    """Direction alone: mean of 1 - cos(s, e_y). [B,D], [K,D], [B]. Usual weight 1.
     ValueError: shapes that do not fit."""
     s = _unit(_full(student_emb).flatten(1))  # [B,D]
-    e = _unit(_full(class_means.detach()))[labels]
+    e = F.embedding(labels, _unit(_full(class_means.detach())))
     _alike(s, e)
     return (1 - (s * e).sum(1)).mean()
 
@@ -155,7 +161,7 @@ def direction_loss(
 def norm_loss(student_emb: torch.Tensor, teacher_emb: torch.Tensor) -> torch.Tensor:
     """Norm alone: mean of relu(1 - |s| / |t|). [B,D], [B,D]. Usual weight 1."""
     s, t = (x.norm(dim=1) for x in _rows(student_emb, teacher_emb))  # [B]
-    return (F.relu(t - s) / t.clamp_min(1e-7)).mean()  # = relu(1 - s/t), and 0 where t = 0
+    return (F.relu(t - s) / t.clamp_min(1e-7)).mean()  # relu(1 - s/t), and 0 where t = 0
 
 
 def kd_loss(
@@ -183,11 +189,11 @@ def dkd_loss(
 ) -> torch.Tensor:
     """Decoupled KD: T^2 (alpha TCKD + beta NCKD), mean over the batch.
 
-    [B,K] logits, [B] labels. TCKD: KL between the masses (true class, all others). NCKD: KL among
-    the others alone; plain KD multiplies it by the teacher's mass on them, tiny where the teacher
-    is sure. With K = 2, NCKD is 0. Logits finite. Usual alpha 0.5 to 2.5, beta 4 to 8; on ImageNet,
-    at temperature 1, alpha 0.6 to 1, beta 0.5 to 1. ValueError: logits of different shapes. Source:
-    arXiv 2203.08679.
+    [B,K] logits, finite, [B] labels. TCKD: KL(teacher || student) between the masses (true class,
+    all others). NCKD: the same among the others alone; plain KD multiplies it by the teacher's mass
+    on them, tiny where the teacher is sure. With K = 2, NCKD is 0. Usual alpha 0.5 to 2.5, beta 4
+    to 8; on ImageNet, at temperature 1, alpha 0.6 to 1, beta 0.5 to 1. ValueError: logits of
+    different shapes. Source: arXiv 2203.08679.
     """
 
     def split(logits):
@@ -199,10 +205,8 @@ def dkd_loss(
         return binary, F.log_softmax(others, 1)  # [B,2], [B,K]
 
     _alike(student_logits, teacher_logits)
-    binary_s, others_s = split(student_logits)
-    binary_t, others_t = split(teacher_logits.detach())
-    tckd = F.kl_div(binary_s, binary_t, reduction="batchmean", log_target=True)
-    nckd = F.kl_div(others_s, others_t, reduction="batchmean", log_target=True)
+    pairs = zip(split(student_logits), split(teacher_logits.detach()))
+    tckd, nckd = (F.kl_div(s, t, reduction="batchmean", log_target=True) for s, t in pairs)
     return temperature**2 * (alpha * tckd + beta * nckd)
 
 
@@ -217,15 +221,15 @@ def dist_loss(
 
     [B,K] logits. Pearson correlations of the two matrices of probabilities: rows compare the
     classes within an image, columns the images within a class: under DDP gather the logits first,
-    for a column needs the whole batch. A row or column that is constant, or varies by less than
-    1e-7, has correlation 0. Usual weight 1.5 to 7. ValueError: shapes differ. Source: arXiv
-    2205.10536.
+    for a column needs the whole batch. A row or column that is constant up to rounding (its
+    deviations are shorter than 1e-5 of its length, or than 1e-7) has correlation 0. Usual weight
+    1.5 to 7. ValueError: shapes differ. Source: arXiv 2205.10536.
     """
     _alike(student_logits, teacher_logits)
     p_s = F.softmax(_full(student_logits) / temperature, 1)  # [B,K]
     p_t = F.softmax(_full(teacher_logits.detach()) / temperature, 1)
 
-    def deviation(p, dim):  # from the mean, as unit vectors; mere rounding counts as none
+    def deviation(p, dim):  # from the mean, as unit vectors; mere rounding has no direction
         centred = p - p.mean(dim, keepdim=True)
         rounding = centred.norm(dim=dim, keepdim=True) < 1e-5 * p.norm(dim=dim, keepdim=True)
         return _unit(centred.masked_fill(rounding, 0.0), dim)
@@ -240,10 +244,11 @@ class ReviewKD(torch.nn.Module):
     """Fuses student maps from deep to shallow and shapes them like the teacher's.
 
     student_channels, teacher_channels: widths of the levels, shallow to deep. Each level: a 1x1
-    convolution to `mid_channels`; at all but the deepest, add the deeper level's result, the two
-    weighted by a sigmoid gate each; a 3x3 convolution to the teacher's width. Published levels: the
-    stage outputs, the student's after and the teacher's before their last ReLU, and as the deepest
-    the embedding as [B,D,1,1], for which training needs B >= 2. Source: arXiv 2104.09044.
+    convolution to `mid_channels`; at all but the deepest, mix in what the deeper level had before
+    its 3x3 convolution, the two weighted by a sigmoid gate each; resize to the teacher's map; a 3x3
+    convolution to the teacher's width. Published levels: the stage outputs, the student's after and
+    the teacher's before their last ReLU, and as the deepest the embedding as [B,D,1,1], for which
+    training needs B >= 2. Source: arXiv 2104.09044.
     """
 
     def __init__(self, student_channels: list[int], teacher_channels: list[int], mid_channels: int):
@@ -272,36 +277,31 @@ class ReviewKD(torch.nn.Module):
                 deeper = F.interpolate(deeper, x.shape[-2:], mode="nearest")
                 gate = torch.sigmoid(self.gates[level](torch.cat([x, deeper], 1)))  # [B,2,h,w]
                 x = x * gate[:, :1] + deeper * gate[:, 1:]
-            x = F.interpolate(x, teacher_maps[level].shape[-2:], mode="nearest")
-            results.insert(0, self.outward[level](x))
-            deeper = x
+            deeper = F.interpolate(x, teacher_maps[level].shape[-2:], mode="nearest")
+            results.insert(0, self.outward[level](deeper))
         return results
 
 
 def hcl_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor]) -> torch.Tensor:
     """Hierarchical context loss: MSE at full size and pooled to 4, 2, 1, summed over the levels.
 
-    Lists of [B,C,H,W], equal shapes (else ValueError). Weights 1, 1/2, 1/4, 1/8, in this order over
-    the sizes used, divided by their sum; a pooled size that is not below H is not used. Usual
-    weight of the loss 0.6 to 8. Source: arXiv 2104.09044.
+    Lists of [B,C,H,W], equal shapes (else ValueError). Only sizes below H are used; full size has
+    weight 1, each further size used half of the one before, and a level's weights are divided by
+    their sum. Usual weight of the loss 0.6 to 8. Source: arXiv 2104.09044.
     """
     total = 0.0
     for s, t in zip(student_maps, teacher_maps, strict=True):
-        s, t = _full(s), _full(t.detach())
         _alike(s, t)
-        loss, weight_sum, scale = (s - t).square().mean(), 1.0, 1.0
-        for size in (4, 2, 1):
-            if size < s.shape[-2]:
-                scale /= 2
-                pooled = [F.adaptive_avg_pool2d(x, size) for x in (s, t)]
-                loss, weight_sum = loss + scale * F.mse_loss(*pooled), weight_sum + scale
-        total = total + loss / weight_sum
+        gaps = [_full(s) - _full(t.detach())]  # [B,C,H,W]; pooling is linear, so pool these
+        gaps += [F.adaptive_avg_pool2d(gaps[0], n) for n in (4, 2, 1) if n < s.shape[-2]]
+        weights = [0.5**k for k in range(len(gaps))]
+        terms = (w * gap.square().mean() for w, gap in zip(weights, gaps))
+        total = total + sum(terms) / sum(weights)
     return total
 
 
 # --- to here ----------------------------------------------------------------------------------
-# nd_loss and direction_loss need the class means too; this copies like the block. Fit its one line
-# of the embedding to your networks.
+# nd_loss and direction_loss need the class means too; this copies like the block.
 
 
 @torch.no_grad()
@@ -316,21 +316,17 @@ def compute_class_means(
     """
     modes = {module: module.training for module in teacher.modules()}
     teacher.eval()
-    sums = counts = None
+    sums = counts = torch.zeros(())
     for images, labels in batches:
-        embedding = teacher(images, return_features=True)[1].embedding.double()
-        if sums is None:
-            sums = embedding.new_zeros(num_classes, embedding.shape[1])
-            counts = embedding.new_zeros(num_classes)
-        sums.index_add_(0, labels, embedding)
-        counts += labels.bincount(minlength=num_classes)
-    if sums is not None and add_up:
+        embedding = teacher(images, return_features=True)[1].embedding.double()  # [B,D]  <- yours
+        one_hot = F.one_hot(labels, num_classes).double()  # [B,K]
+        sums, counts = sums + one_hot.T @ embedding, counts + one_hot.sum(0)  # [K,D], [K]
+    if add_up:
         add_up(sums, counts)
     for module, mode in modes.items():
         module.training = mode
-    missing = [0] if sums is None else (counts == 0).nonzero().flatten().tolist()
-    if missing:
-        raise ValueError(f"class means: no training image of class {missing[0]}")
+    if not counts.all():
+        raise ValueError(f"class means: no training image of class {int(counts.argmin())}")
     return (sums / counts[:, None]).float()
 
 
@@ -338,9 +334,8 @@ def load_class_means(args, data, teacher, run) -> torch.Tensor:
     """Kept in the run's folder; computed anew if that file is of another teacher or other data."""
 
     def compute():
-        seed = 0 if args.class_means == "augmented" else None  # None: in order, as they are
-        augment = seed is not None
-        batches = data.batches("train", 500, seed, augment=augment, shared=True)
+        how = dict(seed=0, augment=True) if args.class_means == "augmented" else {}
+        batches = data.batches("train", 500, **how, shared=True)
         try:
             return compute_class_means(teacher.net, batches, data.num_classes, sum_over_ranks).cpu()
         except ValueError as error:
@@ -348,13 +343,6 @@ def load_class_means(args, data, teacher, run) -> torch.Tensor:
 
     made_by = {"teacher": teacher.hash, "data": data.fingerprint, "images": args.class_means}
     return kept(run.dir / "class_means.pt", made_by, compute).to(data.device)
-
-
-def review_maps(features, before_relu: bool) -> list[torch.Tensor]:
-    """The levels of ReviewKD: the stage outputs (as published, the teacher's before their last
-    ReLU and the student's after it) and, as the deepest, the embedding as a 1x1 map."""
-    maps = features.preact if before_relu else features.maps
-    return [*maps, features.embedding[:, :, None, None]]
 
 
 # The paper's recipes, by data set; warm_up: the epochs over which the base loss grows.
@@ -388,16 +376,13 @@ PAPER_WEIGHTS = {
 
 def paper_weights(args, base: str) -> tuple[dict, str]:
     """The paper's weights for this pair and base loss, and the pair they are from."""
-    known = PAPER_WEIGHTS["imagenet" if args.dataset == "imagenet" else "cifar"]
+    known = PAPER_WEIGHTS.get(args.dataset, {}) | PAPER_WEIGHTS["cifar"]
+    column = list(BASES).index(base)
+    rows = {pair: row[column] for pair, row in known.items() if row[column]}
     pair = f"{args.teacher} {args.student}"
-    pair = pair if pair in known else next(iter(known))
-    row = dict(zip(BASES, known[pair]))[base]
-    if row is None:
-        pair, rows = next(iter(PAPER_WEIGHTS["cifar"].items()))
-        row = dict(zip(BASES, rows))[base]
-    if base == "dkd":
-        return dict(kd_weight=1.0, dkd_alpha=row[0], dkd_beta=row[1], nd_weight=row[2]), pair
-    return dict(kd_weight=row[0], nd_weight=row[1]), pair
+    pair = pair if pair in rows else next(iter(rows))
+    names = ("dkd_alpha", "dkd_beta", "nd_weight") if base == "dkd" else ("kd_weight", "nd_weight")
+    return dict(kd_weight=1.0) | dict(zip(names, rows[pair])), pair
 
 
 def fill_weights(args) -> None:
@@ -414,8 +399,10 @@ def fill_weights(args) -> None:
 
 
 def method_name(args) -> str:
-    plus = "++" if args.nd_weight else ""
-    parts = [BASES[args.base] + plus] if args.kd_weight else ["CE"] + ["ND"] * bool(plus)
+    if args.kd_weight:
+        parts = [BASES[args.base] + "++" * bool(args.nd_weight)]
+    else:
+        parts = ["CE"] + ["ND"] * bool(args.nd_weight)
     parts += ["direction"] * bool(args.direction_weight) + ["norm"] * bool(args.norm_weight)
     return " + ".join(parts)
 
@@ -431,24 +418,20 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--ce-weight", type=weight, default=1.0, metavar="X", help="of the cross-entropy (1)")
     add("--kd-weight", type=weight, metavar="X", help="of the base loss; 0 switches it off")
     add("--nd-weight", type=weight, metavar="X", help="of ND; 0 gives the base method alone")
-    add(
-        "--direction-weight", type=weight, default=0.0, metavar="X", help="alone, in ND's place (0)"
-    )
-    add("--norm-weight", type=weight, default=0.0, metavar="X", help="alone, in ND's place (0)")
+    add("--direction-weight", type=weight, default=0.0, metavar="X", help="in ND's place (0)")
+    add("--norm-weight", type=weight, default=0.0, metavar="X", help="in ND's place (0)")
     add("--temperature", type=positive, metavar="T", help="of KD, DKD, DIST (4; ImageNet: 1)")
     add("--dkd-alpha", type=weight, metavar="X", help="DKD: true class against all others")
     add("--dkd-beta", type=weight, metavar="X", help="DKD: the others among themselves")
-    add(
-        "--class-means", choices=("clean", "augmented"), default="clean", help="images used (clean)"
-    )
+    add("--class-means", choices=("clean", "augmented"), default="clean", help="images (clean)")
 
     add = parser.add_argument_group("recipe (in brackets: CIFAR; ImageNet)").add_argument
-    add("--epochs", type=positive_int, metavar="N", help="drops scale along (240; 100)")
+    add("--epochs", type=positive_int, metavar="N", help="the drops of lr scale along (240; 100)")
     add("--teacher-epochs", type=positive_int, metavar="N", help="if it must be trained (--epochs)")
     add("--batch-size", type=positive_int, metavar="N", help="(128; 512)")
     add("--teacher-lr", type=positive, metavar="X", help="of a teacher trained here (the same"
         " defaults; --lr does not change it)")  # fmt: skip
-    add("--lr", type=positive, metavar="X", help="(0.1, MobileNet, ShuffleNet 0.02; 0.2)")
+    add("--lr", type=positive, metavar="X", help="(0.1, but MobileNet, ShuffleNet 0.02; 0.2)")
     add("--momentum", type=below_one, default=0.9, metavar="X", help="(0.9)")
     add("--nesterov", action=YesNo, default=True, help="Nesterov's form of it (yes)")
     add("--weight-decay", type=weight, metavar="X", help="(0.0005; 0.0001)")
@@ -457,9 +440,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_run_arguments(parser)
     args = parser.parse_args(argv)
     args.script = "nd"
-    for name, value in recipe_of(args).items():
-        if name != "lr" and getattr(args, name, 0) is None:
-            setattr(args, name, value)
+    for name in ("teacher", "student", "epochs", "batch_size", "weight_decay", "temperature"):
+        if getattr(args, name) is None:
+            setattr(args, name, recipe_of(args)[name])
     args.lr = args.lr or default_lr(args.student, args)
     args.teacher_lr = args.teacher_lr or default_lr(args.teacher, args)
     args.teacher_epochs = args.teacher_epochs or args.epochs
@@ -473,14 +456,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     if not args.eval:
         fill_weights(args)
         trains = args.dkd_alpha or args.dkd_beta if args.base == "dkd" else args.base != "reviewkd"
-        if not args.ce_weight and not (args.kd_weight and trains):  # the base, the classifier
+        if not args.ce_weight and not (args.kd_weight and trains):  # ReviewKD trains no classifier
             raise UserError("--ce-weight 0: nothing else here trains the classifier")
         args.method = method_name(args)
     return args
 
 
 def recipe_of(args) -> dict:
-    return RECIPES["imagenet" if args.dataset == "imagenet" else "cifar"]
+    return RECIPES.get(args.dataset, RECIPES["cifar"])
 
 
 def default_lr(name: str, args) -> float:
@@ -514,23 +497,20 @@ def main(args) -> dict:
     recipe = recipe_of(args)
     helpers["projector"] = nn.Identity()
     uses_embedding = args.nd_weight or args.direction_weight or args.norm_weight
+    uses_teacher = args.nd_weight or args.norm_weight or args.kd_weight  # in every step
     if args.teacher:
         width, teacher_width = student_sees.embedding.shape[1], teacher_sees.embedding.shape[1]
         if uses_embedding and width != teacher_width:
             layers = nn.BatchNorm1d(width), nn.Dropout(0.5), nn.Linear(width, teacher_width)
             helpers["projector"] = nn.Sequential(*layers)
         if args.base == "reviewkd" and args.kd_weight:
-            student_channels = [m.shape[1] for m in review_maps(student_sees, before_relu=False)]
-            teacher_channels = [m.shape[1] for m in review_maps(teacher_sees, before_relu=True)]
-            if len(teacher_channels) == 1:
-                raise UserError(f"--base reviewkd: {args.teacher} gives no maps; choose another")
-            if len(student_channels) != len(teacher_channels):
-                raise UserError(
-                    f"--base reviewkd: {args.teacher} has {len(teacher_channels) - 1} stages and"
-                    f" {args.student} {len(student_channels) - 1}; choose a pair with as many"
-                )
-            mid_channels = min(512, student_channels[-1])
-            helpers["review"] = ReviewKD(student_channels, teacher_channels, mid_channels)
+            # Levels: the stages (teacher: before their last ReLU) and the embedding as a 1x1 map.
+            student_channels = [m.shape[1] for m in student_sees.maps] + [width]
+            teacher_channels = [m.shape[1] for m in teacher_sees.preact] + [teacher_width]
+            if not len(student_channels) == len(teacher_channels) > 1:
+                stages = f"{len(teacher_channels) - 1} and {len(student_channels) - 1} stages"
+                raise UserError(f"--base reviewkd: this pair has {stages}; choose one with as many")
+            helpers["review"] = ReviewKD(student_channels, teacher_channels, min(512, width))
 
     # [alike: teacher]
     # Loaded, or trained first by this very function; in eval mode and frozen from here on.
@@ -565,8 +545,8 @@ def main(args) -> dict:
         batches = data.batches("train", args.batch_size, **order)
         for step, (images, labels) in run.steps(batches, steps, meter, state):
             # [end]
-            # Schedule, in epochs of the recipe's full length, whatever the run's: `now` is this
-            # step on that scale. Three drops of lr; the base loss grows at first.
+            # Schedule. `now` is this step in epochs of the recipe's full length (CIFAR: 0 to 239),
+            # whatever the run's. Three drops of lr; the base loss grows at first.
             now = recipe["epochs"] * (epoch * steps + step) // (args.epochs * steps)
             lr = args.lr / 10 ** sum(now >= drop for drop in recipe["drops"])
             warm_up = min(1.0, now / recipe["warm_up"])
@@ -577,18 +557,18 @@ def main(args) -> dict:
             with autocast(args, device):
                 logits, features = run_student(images, return_features=True)
                 embedding = helpers["projector"](features.embedding)
-                if uses_embedding or args.kd_weight:
+                if uses_teacher:
                     with torch.no_grad():
                         teacher_logits, teacher_features = run_teacher(images, return_features=True)
+                    teacher_emb = teacher_features.embedding
                 if "review" in helpers:
-                    teacher_maps = review_maps(teacher_features, before_relu=True)
-                    student_maps = review_maps(features, before_relu=False)
+                    teacher_maps = [*teacher_features.preact, teacher_emb[..., None, None]]
+                    student_maps = [*features.maps, features.embedding[..., None, None]]
                     student_maps = helpers["review"](student_maps, teacher_maps)
 
             # Under torchrun, what is compared between images is gathered from all processes.
             logits, embedding, labels = gather(args, logits, embedding, labels)
-            if uses_embedding or args.kd_weight:
-                teacher_emb = teacher_features.embedding
+            if uses_teacher:
                 teacher_logits, teacher_emb = gather(args, teacher_logits, teacher_emb)
 
             # Losses, outside autocast and in float32. A method's term of weight 0 is not computed.
@@ -603,8 +583,7 @@ def main(args) -> dict:
                 elif args.base == "dist":
                     base = dist_loss(logits, teacher_logits, temperature=args.temperature)
                 elif args.base == "reviewkd":
-                    base = hcl_loss(student_maps, teacher_maps)
-                    base = mean_over_ranks(args, base, len(images))
+                    base = mean_over_ranks(args, hcl_loss(student_maps, teacher_maps), len(images))
             if args.nd_weight:
                 nd = nd_loss(embedding, teacher_emb, class_means, labels)
             if args.direction_weight:
@@ -637,7 +616,7 @@ def program(argv=None) -> None:
     ce |= dict(direction_weight=0.0, norm_weight=0.0)
 
     def without_nd(base):  # with the weight that the base loss has beside ND
-        given = base == args.base and args.kd_weight
+        given = args.kd_weight if base == args.base else 0.0
         kd_weight = given or paper_weights(args, base)[0]["kd_weight"]
         ce_weight = args.ce_weight if given else 1.0
         return ce | dict(method=BASES[base], base=base, ce_weight=ce_weight, kd_weight=kd_weight)

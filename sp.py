@@ -110,7 +110,7 @@ def _full(x: torch.Tensor) -> torch.Tensor:
 
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> None:
-    """ValueError: their shapes differ, so that they would broadcast to a wrong loss."""
+    """Raises ValueError if the shapes differ: they would broadcast to a wrong loss."""
     if a.shape != b.shape:
         raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)}: must be the same")
 

@@ -449,6 +449,19 @@ def test_shapes_that_would_broadcast_are_refused():
             call()
 
 
+@pytest.mark.parametrize("label", [-100, 4])
+def test_labels_out_of_range_are_refused(label):
+    """-100, which cross-entropy ignores, would be a row counted from the end."""
+    s, means = torch.randn(3, 5), torch.randn(4, 5)
+    labels = torch.tensor([0, label, 1])
+    for call in (
+        lambda: nd.nd_loss(s, s, means, labels),
+        lambda: nd.direction_loss(s, means, labels),
+    ):
+        with pytest.raises(IndexError):
+            call()
+
+
 def test_class_means_equal_a_loop_and_name_an_empty_class():
     class Teacher(torch.nn.Module):
         def forward(self, x, return_features=False):
