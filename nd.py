@@ -42,7 +42,7 @@ Differs from the paper and its code:
     correlations have no epsilon; the published 1e-8 draws those of very small columns towards 0.
  3. The result is the last epoch. The paper's code keeps the epoch that is best on the test set.
  4. The projector starts as PyTorch starts it and leaves the student's classifier alone; the paper's
-    code resets that classifier too whenever there is a projector.
+    code, where there is one, also resets the classifier's bias (CIFAR) or draws it anew (ImageNet).
  5. The drops of the learning rate and the warm-up are fractions of the run (of 240 epochs: 150,
     180, 210 and 20, as published), so that a shorter run keeps the recipe's shape. On ImageNet the
     paper's code warms ND up too in DKD++; here ND is whole from the start.
