@@ -105,6 +105,17 @@ def test_what_the_readme_says_of_kd2ms_weights():
     assert round(statistics.stdev(spread), 1) == 1.3
 
 
+def test_what_the_readme_says_of_sps_weights():
+    results = load("results/spweights-*.json")
+    for r in results:
+        assert (r["args"]["val_size"], r["test_images"], r["args"]["seed"]) == (10000, 10000, 0)
+        for key in ("train_images", "epochs", "data_hash", "teacher_hash", "student"):
+            assert r[key] == results[0][key]
+    found = {r["args"]["sp_weight"]: r["student_top1"] for r in results}
+    assert found.keys() == {0, 30, 300, 3000}
+    assert found[0] > found[30] > found[300] > found[3000]  # the less, the nearer; none gains
+
+
 def test_what_the_readme_says_of_mobilenet():
     found = {}
     for r in load("results/relations-resnet56-MobileNetV2-*.json"):
