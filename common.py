@@ -788,7 +788,7 @@ def load_model(name: str, path: str | Path) -> nn.Module:
 
     UserError: as `load_weights`.
     """
-    with torch.device("meta"):  # its shapes alone, to see what the classifier is called
+    with torch.random.fork_rng(devices=[]):  # one only to see what the classifier is called
         key = _head_path(build_model(name, 2)) + ".weight"
     weights = _state_dict(path).get(key)
     net = build_model(name, len(weights) if torch.is_tensor(weights) and weights.dim() else 2)
@@ -2001,11 +2001,9 @@ class Meter:
         left = (self.total * (self.epochs - self.epoch) - images) / images
         left *= time.perf_counter() - self.start
         terms, top1 = self._means()
-        return (
-            f"epoch {self.epoch + 1:3d}/{self.epochs}  "
-            + "  ".join(f"{name} {value:#.3g}" for name, value in terms.items())
-            + f"  train {top1:5.2f} %  {images / seconds:6.0f} images/s  {_clock(left)} left"
-        )
+        rate = f"{images / seconds:6.0f} images/s  {_clock(left)} left"  # first: lines may be cut
+        means = "  ".join(f"{name} {value:#.3g}" for name, value in terms.items())
+        return f"epoch {self.epoch + 1:3d}/{self.epochs}  {rate}  {means}  train {top1:5.2f} %"
 
     def _add_up(self):
         if self.shares > 1:
@@ -2902,10 +2900,8 @@ class DetectionMeter(Meter):
         images = self.images * self.shares
         left = max(0, self.total - images) / images * (time.perf_counter() - self.start)
         means = "  ".join(f"{name} {value:#.3g}" for name, value in self._term_means().items())
-        rate = images / seconds
-        return f"epoch {self.epoch + 1:3d}/{self.epochs}  {means}  {rate:5.1f} images/s  " + (
-            f"{_clock(left)} left"
-        )
+        rate = f"{images / seconds:5.1f} images/s  {_clock(left)} left"
+        return f"epoch {self.epoch + 1:3d}/{self.epochs}  {rate}  {means}"
 
     def _term_means(self):
         return dict(zip(self.names, (self.sums / self.images).tolist()))

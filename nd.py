@@ -334,8 +334,8 @@ def load_class_means(args, data, teacher, run) -> torch.Tensor:
     """Kept in the run's folder; computed anew if that file is of another teacher or other data."""
 
     def compute():
-        how = dict(seed=0, augment=True) if args.class_means == "augmented" else {}
-        batches = data.batches("train", 500, **how, shared=True)
+        augment = args.class_means == "augmented"
+        batches = data.batches("train", 500, augment=augment, shared=True)  # in order, every image
         try:
             return compute_class_means(teacher.net, batches, data.num_classes, sum_over_ranks).cpu()
         except ValueError as error:
@@ -612,14 +612,17 @@ def main(args) -> dict:
 
 def program(argv=None) -> None:
     args = parse_args(argv)
-    ce = dict(method="CE", ce_weight=1.0, kd_weight=0.0, nd_weight=0.0)
-    ce |= dict(direction_weight=0.0, norm_weight=0.0)
+    ce = dict(method="CE", base="kd", ce_weight=1.0, kd_weight=0.0, nd_weight=0.0)
+    ce |= dict(direction_weight=0.0, norm_weight=0.0, dkd_alpha=None, dkd_beta=None)
 
     def without_nd(base):  # with the weight that the base loss has beside ND
         given = args.kd_weight if base == args.base else 0.0
         kd_weight = given or paper_weights(args, base)[0]["kd_weight"]
         ce_weight = args.ce_weight if given else 1.0
-        return ce | dict(method=BASES[base], base=base, ce_weight=ce_weight, kd_weight=kd_weight)
+        new = dict(method=BASES[base], base=base, ce_weight=ce_weight, kd_weight=kd_weight)
+        if base == "dkd":
+            new |= dict(dkd_alpha=args.dkd_alpha, dkd_beta=args.dkd_beta)
+        return ce | new
 
     baselines = {"ce": ce, "kd": without_nd("kd"), args.base: without_nd(args.base)}
     launch(main, args, baselines)

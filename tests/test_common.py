@@ -1,5 +1,6 @@
 """Networks, checkpoints and data of common.py."""
 
+import argparse
 import io
 import json
 import os
@@ -83,7 +84,49 @@ def test_zoo(name):
     assert [m.shape for m in features.preact] == [m.shape for m in features.maps]
 
 
+# Logits of weights by a formula, written down once: the order of layers, shortcuts, shuffles and
+# activations stays, which no count of parameters sees.
+GOLDEN = {
+    "resnet8": (-1.92158, -2.73492, -1.56999),
+    "resnet14": (16.3331, -8.5155, -27.5979),
+    "resnet20": (37.2157, -8.51808, -48.3959),
+    "resnet32": (86.8003, 10.193, -72.515),
+    "resnet44": (139.826, 45.9975, -76.7561),
+    "resnet56": (196.17, 115.604, -37.7174),
+    "resnet110": (87.6445, 164.505, 137.842),
+    "resnet8x4": (-11.2077, 11.4605, -8.54593),
+    "resnet32x4": (358.685, -316.935, 271.796),
+    "wrn_16_1": (9.98679, -11.3883, -25.4027),
+    "wrn_16_2": (20.1527, -47.2161, -13.4532),
+    "wrn_40_1": (12.113, -7.74957, -22.235),
+    "wrn_40_2": (24.6331, -46.6882, -16.6885),
+    "wrn_16_8": (86.8238, 36.2873, -16.5136),
+    "ResNet50": (-302.538, -504.08, -212.982),
+    "vgg8": (83.6488, 32.3649, -21.1514),
+    "vgg11": (82.3148, 31.6448, -21.3993),
+    "vgg13": (83.1459, 32.1312, -20.6786),
+    "vgg16": (82.1784, 30.2916, -23.4573),
+    "vgg19": (81.1998, 29.4172, -24.3951),
+    "MobileNetV2": (215.015, 103.148, -379.372),
+    "ShuffleV1": (44.702, 117.593, 180.297),
+    "ShuffleV2": (159.398, -46.7201, -240.513),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_zoo_computes_what_it_did(name):
+    net = build_model(name, 7).double()
+    with torch.no_grad():
+        for k, p in enumerate(net.parameters()):
+            wave = torch.sin(0.7 * torch.arange(p.numel(), dtype=torch.float64) + k)
+            p.copy_((wave + (0.5 if p.dim() == 1 else 0.0)).view(p.shape))
+    images = torch.cos(0.3 * torch.arange(4 * 3 * 32 * 32, dtype=torch.float64) ** 1.1)
+    logits = net.train()(images.view(4, 3, 32, 32))  # batch statistics: nothing vanishes
+    assert logits[1, :3].tolist() == pytest.approx(GOLDEN[name], rel=1e-4)
+
+
 def test_zoo_is_complete():
+    assert set(GOLDEN) == set(ZOO)
     assert set(common.ZOO) == set(ZOO) and len(ZOO) == 23  # the 22 of RepDistiller and wrn_16_8
 
 
@@ -297,8 +340,6 @@ def test_files_are_replaced_whole(tmp_path):
 
 
 def arguments(**changes):
-    import argparse
-
     values = dict(dataset="shapes", data_dir="data", image_size=32, train_size=None, val_size=None)
     values |= dict(workers=2)
     return argparse.Namespace(**values | changes)
@@ -357,6 +398,34 @@ def test_augmentation_equals_a_literal_loop():
             seen.add(found)
     assert len({s[0] for s in seen}) == 64  # each image once
     assert {s[3] for s in seen} == {False, True} and len({s[1:3] for s in seen}) > 30
+
+
+def test_a_checkpoint_says_how_many_classes_it_knows(tmp_path):
+    """RegNet cannot be built without its weights, as others can."""
+    path = tmp_path / "net.pth"
+    torch.save(build_model("regnet_x_400mf", 7).state_dict(), path)
+    assert common.load_model("regnet_x_400mf", path)(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_pixels_are_normalised_as_the_field_does():
+    assert common.STATS["cifar100"] == ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+    assert common.STATS["cifar10"] == ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    assert common.STATS["svhn"] == ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))
+    for name in ("imagenet", "folder"):
+        assert common.STATS[name] == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_evaluate_counts_the_largest_logit(few_shapes):
+    data = common.load_data(arguments(), CPU)
+    torch.manual_seed(0)
+    net = build_model("resnet8", 24)
+    images, _ = next(data.batches("test", 24))
+    with torch.no_grad():
+        answers = net.eval()(images).tolist()
+    said = [row.index(max(row)) for row in answers]
+    wrong = [(k + 1) % 24 for k in said]
+    data.test.labels.copy_(torch.tensor(said[:9] + wrong[9:]))
+    assert common.evaluate(net.train(), data, argparse.Namespace(precision="fp32")) == 37.5
 
 
 def test_normalisation_and_order(few_shapes):

@@ -211,6 +211,126 @@ def test_schedule_at_240_epochs_is_the_published_one(cwd, monkeypatch, any_teach
         assert lr == pytest.approx(0.1 * 0.1**drops) and warm_up == min(1, epoch / 20)
 
 
+@pytest.mark.parametrize("base", nd.BASES)
+def test_the_loss_is_the_weighted_sum_of_its_terms(cwd, monkeypatch, base, any_teacher_passes):
+    """At every step; and the losses are given what is the student's, the teacher's, asked for."""
+    teacher_file()
+    saved = torch.load("teacher.pth", weights_only=True)
+    saved["model"]["layer3.0.bn2.weight"] *= 20  # longer embeddings than the student's
+    torch.save(saved, "teacher.pth")
+    losses, seen, asked, embeddings, levels = [], [], [], [], []
+    backward, add, own = torch.Tensor.backward, common.Meter.add, getattr(nd, f"{base}_loss", None)
+    review, nd_loss, norm_loss = nd.ReviewKD.forward, nd.nd_loss, nd.norm_loss
+
+    def spy_add(self, logits, labels, terms):
+        seen.append({k: float(torch.as_tensor(v).detach()) for k, v in terms.items()})
+        add(self, logits, labels, terms)
+
+    def spy_base(student, teacher, *options, **named):
+        assert student.requires_grad and not teacher.requires_grad
+        asked.append([v for v in (*options, *named.values()) if not torch.is_tensor(v)])
+        return own(student, teacher, *options, **named)
+
+    def spy_review(self, student_maps, teacher_maps):
+        levels.append((student_maps[:-1], teacher_maps[:-1]))
+        return review(self, student_maps, teacher_maps)
+
+    def spy_embeddings(loss):
+        def spied(student, teacher, *more):
+            embeddings.append((student, teacher))
+            return loss(student, teacher, *more)
+
+        return spied
+
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda loss: losses.append(loss.item()) or backward(loss)
+    )
+    monkeypatch.setattr(common.Meter, "add", spy_add)
+    monkeypatch.setattr(nd.ReviewKD, "forward", spy_review)
+    monkeypatch.setattr(nd, "nd_loss", spy_embeddings(nd_loss))
+    monkeypatch.setattr(nd, "norm_loss", spy_embeddings(norm_loss))
+    if own:
+        monkeypatch.setattr(nd, f"{base}_loss", spy_base)
+    flags = "--ce-weight 0.5 --kd-weight 2 --nd-weight 3 --direction-weight 5 --norm-weight 7"
+    flags += " --temperature 3" + " --dkd-alpha 1.5 --dkd-beta 6" * (base == "dkd")
+    assert run(f"{QUICK} --epochs 2 --teacher-ckpt teacher.pth --base {base} {flags}") == 0
+    assert len(losses) == len(seen) == 4
+    for warm_up, loss, terms in zip((0, 1, 1, 1), losses, seen):  # 0, 60, 120, 180 of 240 epochs
+        by_weight = {"ce": 0.5, base: warm_up * 2, "nd": 3, "direction": 5, "norm": 7}
+        assert loss == pytest.approx(sum(w * terms[k] for k, w in by_weight.items()), rel=1e-5)
+        assert all(terms[k] > 0 for k in by_weight)
+    assert asked == [{"kd": [3.0], "dkd": [1.5, 6.0, 3.0], "dist": [3.0]}.get(base)] * 4 * bool(own)
+    assert len(embeddings) == 8
+    for student, teacher in embeddings:
+        assert student.requires_grad and not teacher.requires_grad
+        assert not torch.equal(student, teacher)
+    assert len(levels) == 4 * (base == "reviewkd")
+    for (
+        student_maps,
+        teacher_maps,
+    ) in levels:  # the student's after their ReLU, the teacher's before
+        assert all(m.min() >= 0 for m in student_maps) and all(m.min() < 0 for m in teacher_maps)
+
+
+# KD++ kd, nd; DKD++ alpha, beta, nd; DIST++ kd, nd; ReviewKD++ kd, nd: of the paper's scripts
+PAPER = """
+resnet56   resnet20    1.0 2.0  2.5 4.0 3.5  2.0 1.0  1.2 1.0
+resnet32x4 resnet8x4   3.5 2.0  2.0 8.0 0.5  1.5 4.0  8.0 1.0
+wrn_40_2   wrn_40_1    1.0 1.5  1.0 6.0 1.0  2.5 3.0  5.0 4.0
+ResNet50   MobileNetV2 3.0 0.5  0.5 8.0 1.0  7.0 1.0  6.0 2.0
+resnet32x4 ShuffleV1   2.5 1.5  0.5 8.0 4.0  2.5 3.0  7.0 1.0
+resnet32x4 ShuffleV2   4.0 0.5  0.5 6.0 0.5  3.0 4.0  8.0 1.5
+"""
+
+
+@pytest.mark.parametrize("row", PAPER.strip().splitlines())
+def test_weights_and_rates_are_the_papers(row):
+    teacher, student, *numbers = row.split()
+    kd, nd_of_kd, alpha, beta, nd_of_dkd, dist, nd_of_dist, review, nd_of_review = map(
+        float, numbers
+    )
+    wanted = {"kd": (kd, nd_of_kd), "dkd": (1.0, nd_of_dkd), "dist": (dist, nd_of_dist)}
+    wanted["reviewkd"] = review, nd_of_review
+    for base, weights_of_base in wanted.items():
+        args = nd.parse_args(["--teacher", teacher, "--student", student, "--base", base])
+        assert (args.kd_weight, args.nd_weight) == weights_of_base
+        if base == "dkd":
+            assert (args.dkd_alpha, args.dkd_beta) == (alpha, beta)
+    assert args.lr == (0.02 if student.startswith(("Mobile", "Shuffle")) else 0.1)
+    assert args.teacher_lr == 0.1 and nd.parse_args(["--dataset", "imagenet"]).lr == 0.2
+
+
+def test_baselines_take_nothing_from_the_method(monkeypatch):
+    """Or a table would list the same CE and KD runs again for every base."""
+    given = []
+    monkeypatch.setattr(nd, "launch", lambda _main, _args, baselines: given.append(baselines))
+    nd.program(["--base", "dkd", "--nd-weight", "3"])
+    nd.program([])
+    assert given[0]["ce"] == given[1]["ce"] and given[0]["kd"] == given[1]["kd"]
+    assert (given[0]["dkd"]["dkd_alpha"], given[0]["dkd"]["nd_weight"]) == (2.5, 0.0)
+
+
+def test_what_a_narrow_terminal_cuts_is_not_the_time_left(cwd, capsys):
+    assert run(QUICK, "--epochs", "1", "--kd-weight", "0", "--nd-weight", "0") == 0
+    assert re.search(r"epoch +1/1 +\d+ images/s +\d+:\d\d left  ce \d", capsys.readouterr().out)
+
+
+def test_augmented_class_means_see_every_image(cwd, monkeypatch, any_teacher_passes):
+    """49 images in batches of 48: the one left over counts too."""
+    teacher_file()
+    seen, means = [], nd.compute_class_means
+
+    def spy(teacher, batches, *more):
+        return means(teacher, (seen.append(len(b[1])) or b for b in batches), *more)
+
+    monkeypatch.setattr(nd, "compute_class_means", spy)
+    batches = common.Data.batches
+    small = lambda self, split, size, *a, **k: batches(self, split, min(size, 48), *a, **k)  # noqa: E731
+    monkeypatch.setattr(common.Data, "batches", small)
+    command = f"{QUICK} --train-size 49 --epochs 1 --teacher-ckpt teacher.pth"
+    assert run(f"{command} --class-means augmented") == 0 and seen == [48, 1]
+
+
 def test_the_teacher_is_untouched(cwd, monkeypatch, any_teacher_passes):
     teacher_file()
     content, caught, get = Path("teacher.pth").read_bytes(), [], nd.get_teacher
@@ -296,14 +416,23 @@ def test_eval_prints_the_students_top1(cwd, capsys, any_teacher_passes):
         assert f"test {result('o')['student_top1']:.2f} %" in capsys.readouterr().out
 
 
-def test_bf16_trains_and_reports_finite_terms(cwd, any_teacher_passes):
+def test_bf16_trains_and_reports_finite_terms(cwd, monkeypatch, any_teacher_passes):
     teacher_file()
+    nd_loss, seen = nd.nd_loss, []
+
+    def spy(*a):
+        value = nd_loss(*a)
+        seen.append((a[0].dtype, a[1].dtype, value.dtype))
+        return value
+
+    monkeypatch.setattr(nd, "nd_loss", spy)
     for base in nd.BASES:
         command = f"{QUICK} --epochs 1 --teacher-ckpt teacher.pth --out o --precision bf16"
         assert run(command, "--base", base) == 0
         line = json.loads(Path("o/metrics.jsonl").read_text())
         assert np.isfinite([line["ce"], line[base], line["nd"]]).all()
     assert all(v.dtype != torch.bfloat16 for v in weights("o/student.pt").values())
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16, torch.float32)}
 
 
 def test_a_torchvision_pair(cwd, any_teacher_passes):
