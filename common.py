@@ -128,7 +128,8 @@ def run_program(program, argv: list[str] | None = None) -> int:
             message = "out of memory: lower --batch-size, --train-size or --image-size"
     except Stopped as stop:
         if rank() == 0:
-            print(f"\nstopped by signal {stop.args[0]}; --resume goes on", file=sys.stderr)
+            go_on = "" if "--eval" in (argv or sys.argv) else "; --resume goes on"
+            print(f"\nstopped by signal {stop.args[0]}{go_on}", file=sys.stderr)
         return 128 + stop.args[0]
     if _first_to_fail():
         print("error: " + message.replace("\n", " "), file=sys.stderr)

@@ -30,6 +30,7 @@ def test_readme_tables_are_those_of_the_results():
 # Runs that are compared with each other, and the methods that must be among them.
 COMPARED = {
     "cifar100-resnet56-resnet8": {"CE", "KD", "KD++"},
+    "shapes-resnet14-resnet8": {"CE", "KD", "KD++"},
     "relations-resnet56-resnet8": {"CE", "KD", "SP", "SP+KD", "DCD", "DCD+KD"},
     "relations-resnet56-MobileNetV2": {"CE", "KD", "SP", "SP+KD", "DCD", "DCD+KD"},
     "heldout-resnet56-resnet8": {"CE", "KD", "DCD", "DCD+KD"},
@@ -160,9 +161,12 @@ def test_what_the_readme_says_of_transfer():
 
 def test_what_the_readme_says_of_the_drawn_set():
     text = " ".join((ROOT / "README.md").read_text().split())
-    top1 = {r["method"]: r["student_top1"] for r in load("results/shapes-*.json")}
-    assert f"KD gains {top1['KD'] - top1['CE']:.1f} points over CE" in text
-    assert "ends where CE does" in text and abs(top1["KD++"] - top1["CE"]) < 0.1
+    two, one = load("results/shapes-*-s0.json"), load("results/onethread-*-s0.json")
+    for said, threads, results in (("alone it is seed 0:", 2, two), ("command printed", 1, one)):
+        top1 = {r["method"]: r["student_top1"] for r in results}
+        assert f"{said} CE {top1['CE']}, KD {top1['KD']}, KD++ {top1['KD++']}" in text
+        assert all(f"cpu, {threads} threads" in r["device"] for r in results)
+        assert all(r["data_hash"] == two[0]["data_hash"] for r in results)
 
 
 @pytest.mark.parametrize("family", COMPARED)
