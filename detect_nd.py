@@ -1,130 +1,60 @@
-"""ND for object detection: Faster R-CNN with FPN on COCO, taught by feature norm and direction.
+"""ND for object detection: Faster R-CNN with FPN on COCO (KD++ and ReviewKD++ for detectors).
 
-The idea in one sentence: for every region that the student's detector samples, turn its box feature
-towards the teacher's mean feature of that region's class (background is a class), and lengthen it
-until it is at least as long as the teacher's feature of the same region.
+Idea: move the student's box feature of every sampled RoI along the teacher's mean feature of the
+RoI's class (background is a class), until it is at least as long as the teacher's of that RoI.
 
     Wang, Cheng, Duan, Wang, Feng, Kong: Improving Knowledge Distillation via Regularizing Feature
     Norm and Direction, arXiv 2305.17007 (ECCV 2024: "... Feature Direction and Norm").
 
-For region r of class y, with s = student_emb[r], t = teacher_emb[r] (outputs of the two box heads
-on the same box of the same pixels) and e_y = class_means[y] / |class_means[y]|:
+For RoI r of class y, with s = student_emb[r], t = teacher_emb[r] (outputs of the two box heads for
+the same box on the same pixels) and e = class_means[y] / |class_means[y]|:
 
-    nd   = mean_r [ 1 - (s . e_y) / max(|s|, |t|) ]
-    kd   = mean_r KL(softmax(teacher_logits[r]) || softmax(student_logits[r]))
-    loss = cls + box + objectness + rpn_box
-           + nd_weight * nd + kd_weight * kd + reviewkd_weight * reviewkd
+    nd   = mean_r [ 1 - (s . e) / max(|s|, |t|) ]
+    kd   = mean_r [ KL(softmax(teacher_logits[r]) || softmax(student_logits[r])) ]
+    loss = cls + box + objectness + rpn_box + nd_weight * nd + kd_weight * kd + ...
 
-nd with kd is KD++. ReviewKD compares the FPN's maps; nd with it is ReviewKD++.
+nd with kd is KD++; with ReviewKD, which compares the feature maps of the FPN, it is ReviewKD++.
 
     python detect_nd.py --data-dir coco --teacher resnet50 --student resnet18
     python detect_nd.py --data-dir coco --teacher resnet101 --train-teacher --base reviewkd
-    python detect_nd.py --dataset shapes --compare --plot        drawn scenes, needs no files
+    python detect_nd.py --dataset shapes --compare --plot       synthetic scenes, needs no files
 
-Measured, AP in % of the last epoch on 100 drawn scenes, mean ± standard deviation over the seeds
-0, 1, 2; resnet18 (45.45 %) -> mobilenet_v2, 400 scenes of 64 pixels, 3 epochs, on a CPU (--dataset
-shapes --compare --seeds 0 1 2). It shows that the code works; so short a training tells no method
-apart from the plain student.
+AP (%) of the last epoch, mean ± standard deviation over n = 3 seeds, --dataset shapes, resnet18
+(45.45) -> mobilenet_v2: no distillation 27.12 ± 3.55, KD 27.75 ± 3.15, KD++ 25.91 ± 0.96, ND 23.83
+± 2.21, ReviewKD 26.85 ± 2.09, ReviewKD++ 24.57 ± 7.17. 300 steps are too few to rank the methods.
 
-    plain       27.12 ± 3.55
-    KD          27.75 ± 3.15
-    ND          23.83 ± 2.21
-    KD++        25.91 ± 0.96
-    ReviewKD    26.85 ± 2.09
-    ReviewKD++  24.57 ± 7.17
-
-Differs from the paper and its code:
- 1. torchvision's detector: background is class 0 (theirs: the last), box loss smooth L1 (L1),
-    regions pooled at 2 x 2 points a bin, 91 classes for COCO's ids (81), one normalisation of the
-    pixels for both networks (the code's configurations for ResNet-18 mix up the colour channels).
- 2. One pass: the student's box features serve the detector's losses and the distillation. The code
-    computes them twice.
- 3. Class means come from one pass over clean training images with the teacher's own proposals, in
-    double precision, of this teacher; the code's file is of one teacher for all pairs. Classes
-    without a region are left out of ND and named.
- 4. The weight of ND beside ReviewKD is --nd-weight. The code never reads the one it is given.
- 5. The schedule's drops are fractions of the run: 120 and 160 of 180 thousand iterations.
- 6. A student without ImageNet weights trains its BatchNorm instead of freezing it.
- 7. Under torchrun a step takes the mean of the processes' gradients, each of its own images.
- 8. Teachers are torchvision's (AP 37.0) or trained here for as long as a student; the code's are
-    detectron2's, of three times the usual length.
+Differences from the paper's code:
+ 1. torchvision's detector: class 0 is background, box loss smooth L1, 2 x 2 samples a RoIAlign bin.
+ 2. Both networks see the same normalised pixels (there: ResNet-18's colour channels are mixed up).
+ 3. Class means: of this teacher, clean images, its own proposals, summed in float64.
+ 4. --nd-weight counts beside ReviewKD too (there: never read).
+ 5. LR milestones are fractions of the run (there: 120 and 160 of 180 thousand iterations).
+ 6. Under torchrun a loss is that of a rank's own images; gradients are averaged.
+ 7. Teachers: torchvision's (AP 37.0), or trained as long as a student (there: three times that).
 """
 
 import argparse
-import math
+import contextlib
+import functools
+import hashlib
+import json
 import sys
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
+from faster_coco_eval import COCO, COCOeval_faster
+from PIL import Image
 from torch import nn
-from torchvision.models.detection.roi_heads import fastrcnn_loss
 
-from common import (  # nothing in there knows about distillation
-    DETECTORS,  # names of backbones
-    DetectionMeter,  # sums of the loss terms, progress line, stop at nan
-    Parser,
-    Run,  # the run's folder: resume, metrics.jsonl, result.json, student.pt
-    UserError,  # ends the program with one line and status 2
-    YesNo,  # --flag and --no-flag
-    add_detection_arguments,
-    ap_line,
-    as_trained,  # --eval: the settings that its run was trained with
-    autocast,
-    average_gradients,
-    below_one,
-    build_detector,
-    coco_ap,
-    detect,
-    draw_predictions,
-    draw_sheet,
-    evaluate_detector,
-    get_teacher_detector,  # loads it, or trains it first by calling main
-    kept,  # a value from a file if that was made by the same things, else computed
-    launch,  # --seeds and --compare: calls main once per run
-    load_detection_data,
-    load_detector,
-    one_of,
-    pick_device,
-    positive,
-    positive_int,
-    pyplot,
-    rank,  # under torchrun the number of this process
-    run_program,
-    sum_over_ranks,
-    weight,
-    world,  # the number of processes
-)
+import common
 
-# --- copy from here ---------------------------------------------------------------------------
-# Needs `import torch` and `import torch.nn.functional as F`. Every loss computes in float32 or
-# better and sends no gradient into the teacher. For regions read B as the number of regions.
-
-
-def _full(x: torch.Tensor) -> torch.Tensor:
-    """bfloat16 and float16 become float32; float32 and float64 stay."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _alike(a: torch.Tensor, b: torch.Tensor) -> None:
-    """Raises ValueError if the shapes differ: they would broadcast to a wrong loss."""
-    if a.shape != b.shape:
-        raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)}: must be the same")
-
-
-def _unit(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
-    """x / |x|, or 0 with zero gradient where |x| < 1e-7: too short to have a direction."""
-    norm = x.norm(dim=dim, keepdim=True)
-    return x / norm.masked_fill(norm < 1e-7, float("inf"))
-
-
-def _rows(student_emb: torch.Tensor, teacher_emb: torch.Tensor) -> list[torch.Tensor]:
-    """Both embeddings as [B,D], the teacher's without gradient. Raises ValueError as `_alike`."""
-    s, t = _full(student_emb).flatten(1), _full(teacher_emb.detach()).flatten(1)
-    if s.shape != t.shape:
-        raise ValueError(f"embeddings {tuple(s.shape)} and {tuple(t.shape)}: project the student's")
-    return [s, t]
+# The losses. They compute in the dtype of their inputs: pass float32, so under autocast call
+# `.float()` on what a network returns. For RoIs, read B as the number of RoIs.
 
 
 def nd_loss(
@@ -133,50 +63,43 @@ def nd_loss(
     class_means: torch.Tensor,
     labels: torch.Tensor,
 ) -> torch.Tensor:
-    """Norm and direction: mean of 1 - s.e_y / max(|s|, |t|), from 0 to 2.
+    """Norm and direction: mean of 1 - s.e / max(|s|, |t|), with e the direction of the class mean.
 
-    student_emb, teacher_emb [B,D] (or [B,D,1,1]): inputs of the classifiers. If the widths differ,
-    the student's after a projector trained with it: BatchNorm1d, Dropout(0.5), Linear.
-    class_means [K,D]: the teacher's mean embedding of each class, in eval mode, over the training
-    set; only their direction counts. labels [B], from 0 to K-1.
-    Usual weight 1 (paper: 0.5 to 4). ValueError: shapes that do not fit.
-    While |s| < |t|, even at s = 0, the gradient of an image's term is -e_y / |t|: a step adds a
-    multiple of e_y to s, which turns it and, once within 90 degrees of e_y, lengthens it. Beyond
-    |t| it only turns. The loss is 0 where s points along e_y and is no shorter than t. Source:
-    arXiv 2305.17007.
+    Args: student_emb, teacher_emb [B,D]: inputs of the classifiers, the student's projected first
+        if its dimension differs; class_means [K,D]: the teacher's; labels [B]: from 0 to K-1.
+    Returns: a scalar, 0 to 2. Raises: ValueError (shapes do not fit), IndexError (wrong label).
+    Default weight: 1 (paper: 0.5 to 4); nd is about as large as ce. Reference: arXiv 2305.17007.
     """
-    s, t = _rows(student_emb, teacher_emb)  # [B,D]
-    e = F.embedding(labels, _unit(_full(class_means.detach())))  # e_y, by row  [B,D]
-    _alike(s, e)
+    s, t = student_emb, teacher_emb.detach()  # [B,D]
+    e = F.normalize(class_means.detach(), dim=1).index_select(0, labels)  # [B,D]
+    if not s.shape == t.shape == e.shape:
+        raise ValueError(f"shapes of s, t, e must be the same: {s.shape}, {t.shape}, {e.shape}")
     longer = torch.maximum(s.norm(dim=1), t.norm(dim=1))  # max(|s|, |t|)  [B]
-    longer = longer.masked_fill(longer < 1e-7, float("inf"))  # both zero: nothing to learn from
+    longer = longer.masked_fill(longer < 1e-7, torch.inf)  # both are zero: nothing to learn from
     return (1 - (s * e).sum(1) / longer).mean()
 
 
 def kd_loss(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 4.0
 ) -> torch.Tensor:
-    """Hinton's distillation: T^2 KL(softmax(z_t/T) || softmax(z_s/T)), mean over the batch.
+    """Hinton's knowledge distillation: T^2 KL(softmax(t / T) || softmax(s / T)), batch mean.
 
-    [B,K] logits, finite. T^2 undoes the 1/T^2 that the temperature puts on the gradient, so that
-    one weight serves about every T. Usual weight 1 (up to 4). ValueError: shapes differ. Source:
-    arXiv 1503.02531.
+    Args: student_logits, teacher_logits [B,K]; temperature T > 0. Returns: a scalar, at least 0.
+    Raises: ValueError if the logits are not two [B,K] of one shape, or if T is not positive.
+    Default weight: 1 at any T: T^2 undoes the 1/T^2 of the gradient. Reference: arXiv 1503.02531.
     """
-    _alike(student_logits, teacher_logits)
-    log_s = F.log_softmax(_full(student_logits) / temperature, 1)  # [B,K]
-    log_t = F.log_softmax(_full(teacher_logits.detach()) / temperature, 1)
+    s, t = student_logits, teacher_logits.detach()
+    if s.dim() != 2 or s.shape != t.shape or temperature <= 0:
+        raise ValueError(f"need two [B,K] and T > 0, not {s.shape}, {t.shape}, {temperature}")
+    log_s, log_t = F.log_softmax(s / temperature, 1), F.log_softmax(t / temperature, 1)
     return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 
 
 class ReviewKD(torch.nn.Module):
-    """Fuses student maps from deep to shallow and shapes them like the teacher's.
+    """Attention-based fusion (ABF) of the student's maps, from deep to shallow, for `hcl_loss`.
 
-    student_channels, teacher_channels: widths of the levels, shallow to deep. Each level: a 1x1
-    convolution to `mid_channels`; at all but the deepest, mix in what the deeper level had before
-    its 3x3 convolution, the two weighted by a sigmoid gate each; resize to the teacher's map; a 3x3
-    convolution to the teacher's width. Published levels: the stage outputs, the student's after and
-    the teacher's before their last ReLU, and as the deepest the embedding as [B,D,1,1], for which
-    training needs B >= 2. Source: arXiv 2104.09044.
+    Args: student_channels, teacher_channels: of each level, from shallow to deep; mid_channels: of
+        the maps while they are fused. Reference: arXiv 2104.09044.
     """
 
     def __init__(self, student_channels: list[int], teacher_channels: list[int], mid_channels: int):
@@ -189,403 +112,835 @@ class ReviewKD(torch.nn.Module):
 
         self.inward = torch.nn.ModuleList(conv_bn(c, mid_channels, 1) for c in student_channels)
         self.outward = torch.nn.ModuleList(conv_bn(mid_channels, c, 3) for c in teacher_channels)
-        gates = [torch.nn.Conv2d(2 * mid_channels, 2, 1) for _ in student_channels[:-1]]
-        self.gates = torch.nn.ModuleList(gates)
+        gates = (torch.nn.Conv2d(2 * mid_channels, 2, 1) for _ in student_channels[1:])
+        self.gates = torch.nn.ModuleList(gates)  # the deepest level has nothing to mix in
 
-    def forward(
-        self, student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """Each level: student map [B,Cs,h,w] -> [B,Ct,H,W]; the teacher's maps give only H, W."""
-        if not len(student_maps) == len(teacher_maps) == len(self.inward):
-            raise ValueError(f"{len(student_maps)}, {len(teacher_maps)} maps: needs one a level")
-        results, deeper = [], None
-        for level in reversed(range(len(student_maps))):
-            x = self.inward[level](student_maps[level])
-            if deeper is not None:
-                deeper = F.interpolate(deeper, x.shape[-2:], mode="nearest")
-                gate = torch.sigmoid(self.gates[level](torch.cat([x, deeper], 1)))  # [B,2,h,w]
-                x = x * gate[:, :1] + deeper * gate[:, 1:]
-            deeper = F.interpolate(x, teacher_maps[level].shape[-2:], mode="nearest")
-            results.insert(0, self.outward[level](deeper))
-        return results
+    def forward(self, student_maps: list, teacher_maps: list) -> list[torch.Tensor]:
+        """Lists of [B,Cs,h,w] and [B,Ct,H,W] -> a list of [B,Ct,H,W], made of the student's."""
+        fused, residual = [], None
+        levels = zip(self.inward, self.outward, student_maps, teacher_maps, strict=True)
+        for level, (inward, outward, x, t) in reversed(list(enumerate(levels))):
+            x = inward(x)  # [B,mid,h,w]
+            if residual is not None:  # mix in the deeper level, weighted at each position
+                residual = F.interpolate(residual, x.shape[-2:], mode="nearest")
+                attention = torch.sigmoid(self.gates[level](torch.cat([x, residual], 1)))
+                x = x * attention[:, :1] + residual * attention[:, 1:]
+            residual = F.interpolate(x, t.shape[-2:], mode="nearest")
+            fused.insert(0, outward(residual))
+        return fused
 
 
 def hcl_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor]) -> torch.Tensor:
-    """Hierarchical context loss: MSE at full size and pooled to 4, 2, 1, summed over the levels.
+    """Hierarchical context loss (HCL): MSE of the maps, at full size and pooled to 4x4, 2x2, 1x1.
 
-    Lists of [B,C,H,W], equal shapes (else ValueError). Only sizes below H are used; full size has
-    weight 1, each further size used half of the one before, and a level's weights are divided by
-    their sum. Usual weight of the loss 0.6 to 8. Source: arXiv 2104.09044.
+    Args: student_maps, teacher_maps: one [B,C,H,W] a level; sizes not below H are left out.
+    Returns: a scalar, summed over levels. Raises: ValueError if maps differ in number or shape.
+    Default weight: 5, as published for most pairs. Reference: arXiv 2104.09044.
     """
     total = 0.0
     for s, t in zip(student_maps, teacher_maps, strict=True):
-        _alike(s, t)
-        gaps = [_full(s) - _full(t.detach())]  # [B,C,H,W]; pooling is linear, so pool these
-        gaps += [F.adaptive_avg_pool2d(gaps[0], n) for n in (4, 2, 1) if n < s.shape[-2]]
-        weights = [0.5**k for k in range(len(gaps))]
-        terms = (w * gap.square().mean() for w, gap in zip(weights, gaps))
+        if s.shape != t.shape:
+            raise ValueError(f"shapes must be the same: {s.shape}, {t.shape}")
+        gap = s - t.detach()  # pooling is linear: to pool the gap is to pool both maps
+        pooled = [F.adaptive_avg_pool2d(gap, size) for size in (4, 2, 1) if size < s.shape[-2]]
+        weights = [1.0, 0.5, 0.25, 0.125][: 1 + len(pooled)]
+        terms = [weight * x.square().mean() for weight, x in zip(weights, [gap, *pooled])]
         total = total + sum(terms) / sum(weights)
     return total
 
 
-# --- to here ----------------------------------------------------------------------------------
-
-
-class Sampled(NamedTuple):
-    """What a training pass of the student saw: the teacher is shown the same."""
+@dataclass
+class SampledRoIs:
+    """What the student saw in a training pass: N images, R RoIs, K classes with the background."""
 
     pixels: torch.Tensor  # [N,3,H,W], normalised, resized, padded
-    sizes: list  # height and width of each image in `pixels`
-    boxes: list  # per image: its regions [r,4], R in all
+    sizes: list[tuple[int, int]]  # height and width of each image within `pixels`
+    boxes: list[torch.Tensor]  # the RoIs of each image [r,4], in pixels: x1, y1, x2, y2
     labels: torch.Tensor  # [R], 0 is the background
-    maps: dict  # the FPN's five levels [N,256,h,w], strides 4 to 64
+    feature_maps: dict[str, torch.Tensor]  # the FPN's five levels [N,C,h,w], strides 4 to 64
     emb: torch.Tensor  # [R,1024], the input of the classifier
     logits: torch.Tensor  # [R,K]
 
 
-def box_branch(detector: nn.Module, maps: dict, boxes: list, sizes: list):
-    """A detector's box head on regions -> emb [R,1024], logits [R,K], box offsets [R,4K]."""
+def box_branch(detector: nn.Module, feature_maps: dict, boxes: list, sizes: list):
+    """A detector's box head on RoIs -> emb [R,1024], logits [R,K], box offsets [R,4K], float32."""
     heads = detector.roi_heads
-    emb = heads.box_head(heads.box_roi_pool(maps, boxes, sizes))
-    return emb, *heads.box_predictor(emb)
+    emb = heads.box_head(heads.box_roi_pool(feature_maps, boxes, sizes))
+    logits, offsets = heads.box_predictor(emb)
+    return emb.float(), logits, offsets
 
 
-def training_pass(student: nn.Module, images: list, targets: list) -> tuple[dict, Sampled]:
-    """torchvision's own training pass, opened up: its four losses, and what distillation needs.
+def training_pass(student: nn.Module, images: list, targets: list) -> tuple[dict, SampledRoIs]:
+    """torchvision's own training pass, opened up, because it hides the RoIs and their features.
 
-    images: [3,H,W] each. The size at which the images are seen and the regions are random, so the
-    teacher must not draw its own.
+    Args: student: a detector in training mode; images: [3,h,w] each, values from 0 to 1;
+        targets: of each image its "boxes" [n,4] in pixels and "labels" [n].
+    Returns: the detector's four losses, and what distillation needs: resizing and RoI sampling
+        are random, so the teacher reuses the student's.
     """
     batch, targets = student.transform(images, targets)
-    maps = student.backbone(batch.tensors)
-    proposals, rpn_losses = student.rpn(batch, maps, targets)
-    # Ground truth joins the proposals; of an image's regions at most a quarter are foreground.
-    boxes, _, labels, offsets = student.roi_heads.select_training_samples(proposals, targets)
-    emb, logits, regressed = box_branch(student, maps, boxes, batch.image_sizes)
-    cls, box = fastrcnn_loss(logits.float(), regressed.float(), labels, offsets)
+    feature_maps = student.backbone(batch.tensors)
+    proposals, rpn_losses = student.rpn(batch, feature_maps, targets)
+    # Ground truth joins the proposals; at most a quarter of an image's RoIs are foreground.
+    boxes, _, labels, wanted = student.roi_heads.select_training_samples(proposals, targets)
+    emb, logits, offsets = box_branch(student, feature_maps, boxes, batch.image_sizes)
+    cls, box = torchvision.models.detection.roi_heads.fastrcnn_loss(logits, offsets, labels, wanted)
     losses = {"cls": cls, "box": box, "objectness": rpn_losses["loss_objectness"]}
     losses["rpn_box"] = rpn_losses["loss_rpn_box_reg"]
-    sampled = (batch.tensors, batch.image_sizes, boxes, torch.cat(labels), maps, emb, logits)
-    return losses, Sampled(*sampled)
+    sizes, labels = batch.image_sizes, torch.cat(labels)
+    return losses, SampledRoIs(batch.tensors, sizes, boxes, labels, feature_maps, emb, logits)
 
 
 @torch.no_grad()
-def region_class_means(teacher: nn.Module, batches, num_classes: int):
-    """The teacher's mean box feature of each class -> [K,1024] float32, and counts [K].
+def compute_roi_class_means(teacher: nn.Module, batches, num_classes: int):
+    """The teacher's mean box feature of each class, over RoIs sampled as in training.
 
-    batches: (images, targets, ...). Regions are sampled as in training, from the ground truth and
-    the teacher's own proposals, as many as in a test; sums in double precision. A class without a
-    region is 0.
+    Args: teacher: a detector in eval mode; the RoIs come from the ground truth and from its own
+        proposals; batches: (images, targets, ...) as for `training_pass`; num_classes: K.
+    Returns: means [K,1024] in float32, 0 for a class without RoIs; the number of RoIs [K].
     """
-    score = teacher.roi_heads.box_predictor.cls_score
-    sums = score.weight.new_zeros(num_classes, score.in_features, dtype=torch.float64)
-    counts = score.weight.new_zeros(num_classes, dtype=torch.int64)
+    classifier = teacher.roi_heads.box_predictor.cls_score
+    sums = classifier.weight.new_zeros(num_classes, classifier.in_features, dtype=torch.float64)
+    counts = classifier.weight.new_zeros(num_classes, dtype=torch.int64)
     for images, targets, *_ in batches:
         batch, targets = teacher.transform(images, targets)
-        maps = teacher.backbone(batch.tensors)
-        proposals, _ = teacher.rpn(batch, maps)
+        feature_maps = teacher.backbone(batch.tensors)
+        proposals, _ = teacher.rpn(batch, feature_maps)
         boxes, _, labels, _ = teacher.roi_heads.select_training_samples(proposals, targets)
-        emb, labels = box_branch(teacher, maps, boxes, batch.image_sizes)[0], torch.cat(labels)
-        sums.index_add_(0, labels, emb.double())
-        counts += labels.bincount(minlength=num_classes)
-    sum_over_ranks(sums, counts)  # under torchrun each process saw its share of the images
+        emb, _, _ = box_branch(teacher, feature_maps, boxes, batch.image_sizes)
+        sums.index_add_(0, torch.cat(labels), emb.double())
+        counts += torch.cat(labels).bincount(minlength=num_classes)
+    common.sum_over_ranks(sums, counts)  # under torchrun: each rank saw its part of the images
     return (sums / counts.clamp_min(1)[:, None]).float(), counts
 
 
-def load_region_means(args, data, teacher):
-    """Kept beside the teachers; computed anew if that file is of other data or settings."""
-
-    def compute():
-        print("class means of regions: one pass of the teacher", flush=True)
-        limit = args.class_means_images
-        batches = data.batches("train", args.batch_size, limit=limit, shared=True)
-        torch.manual_seed(0)
-        means, counts = region_class_means(teacher.net, batches, data.num_classes)
-        return {"means": means.cpu(), "counts": counts.cpu()}
-
-    settings = ("class_means_images", "image_size", "smallest_anchor", "regions", "batch_size")
-    made_by = {"teacher": teacher.hash, "data": data.fingerprint, "images": len(data.train)}
-    made_by |= {name: getattr(args, name) for name in settings}
-    value = kept(Path(f"checkpoints/region-means-{teacher.hash}.pt"), made_by, compute)
-    unseen = zip(data.classes, (value["counts"] == 0).tolist())
-    unseen = [name for name, none in unseen if none and name != "N/A"]
-    if unseen:
-        names = ", ".join(unseen[:8]) + f" and {len(unseen) - 8} more" * (len(unseen) > 8)
-        print(f"note: class means: no region of {names}; they are left out of ND", flush=True)
-    return value["means"].to(data.device), value["counts"].to(data.device)
-
-
-def region_nd(sampled, teacher_emb, class_means, class_counts, foreground_only: bool):
-    """ND over the regions whose class has a mean; 0 if there is none."""
+def roi_nd_loss(sampled: SampledRoIs, teacher_emb, class_means, class_counts, foreground_only):
+    """`nd_loss` over the RoIs whose class has a mean and, if asked, is not the background."""
     counted = class_counts[sampled.labels] > 0
     if foreground_only:
         counted &= sampled.labels > 0
     if not counted.any():
-        return sampled.emb.float().sum() * 0.0
+        # 0, but of the student: backward and the average over ranks need its gradients.
+        return sampled.emb.sum() * 0.0
     labels = sampled.labels[counted]
     return nd_loss(sampled.emb[counted], teacher_emb[counted], class_means, labels)
 
 
-# The paper's weights for its three COCO pairs, from its code's configurations.
-PAIR_WEIGHTS = {
-    # teacher student           KD++ kd, nd  ReviewKD++ reviewkd, nd  ReviewKD alone
-    "resnet101 resnet18": ((1.0, 1.5), (1.2, 1.5), 1.2),
-    "resnet101 resnet50": ((1.0, 1.0), (1.4, 1.0), 1.0),
-    "resnet50 mobilenet_v2": ((1.0, 1.0), (2.2, 1.5), 2.0),
-}
+def distill(args: argparse.Namespace) -> dict:
+    """One run, from data to result. Without a teacher: plain training, as of the teacher itself."""
+    data = load_detection_data(args)
+    run = common.Run(args, data, figures=("detections.png",) if args.plot else ())
 
-
-def pair_row(args) -> tuple[tuple, str]:
-    """The paper's weights for this pair, and the pair they are from."""
-    pair = f"{args.teacher} {args.student}"
-    pair = pair if pair in PAIR_WEIGHTS else "resnet101 resnet18"
-    return PAIR_WEIGHTS[pair], pair
-
-
-def fill_pair_weights(args) -> None:
-    """Weights that the command line leaves open: the paper's, said aloud."""
-    (kd, nd), (reviewkd, nd_beside_review), _ = pair_row(args)[0]
-    if args.base == "kd":
-        weights = dict(nd_weight=nd, kd_weight=kd, reviewkd_weight=0.0)
-    else:
-        weights = dict(nd_weight=nd_beside_review, kd_weight=0.0, reviewkd_weight=reviewkd)
-    weights = {k: v for k, v in weights.items() if getattr(args, k) is None}
-    vars(args).update(weights)
-    asked, pair = f"{args.teacher} {args.student}", pair_row(args)[1]
-    source = "the paper's" if pair == asked else f"none known for {asked}, so those of {pair}"
-    if weights:
-        print(f"weights ({source}):", *(f"{k} {v:g}" for k, v in weights.items()), flush=True)
-
-
-def method_name(args) -> str:
-    base = ["KD"] * bool(args.kd_weight) + ["ReviewKD"] * bool(args.reviewkd_weight)
-    if not args.nd_weight:
-        return "+".join(base) or "plain"
-    name = "+".join(base) + "++" if base else "ND"
-    return name + " on foreground" * args.nd_foreground_only
-
-
-# Settings that the command line leaves open. The drawn set has small images and few of them, and
-# starts from scratch.
-OPEN = {
-    "coco": {
-        **dict(teacher="resnet50", student="resnet18", epochs=12, batch_size=8, regions=512),
-        **dict(fpn_width=256, smallest_anchor=32, pretrained_backbone=True),
-    },
-    "shapes": {
-        **dict(teacher="resnet18", student="mobilenet_v2", epochs=3, batch_size=4, regions=32),
-        **dict(fpn_width=64, smallest_anchor=16, pretrained_backbone=False, lr=0.01),
-        **dict(image_size=64, workers=0),
-    },
-}
-
-
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    backbone = one_of("backbone", list(DETECTORS))
-
-    add = parser.add_argument_group("method (weights: the paper's for the pair)").add_argument
-    names = ", ".join(DETECTORS)
-    add("--teacher", type=backbone, metavar="NAME", help=f"{names} (resnet50; shapes: resnet18)")
-    add("--student", type=backbone, metavar="NAME", help="(resnet18; shapes: mobilenet_v2)")
-    add("--base", choices=("kd", "reviewkd"), default="kd", help="the loss that ND joins (kd)")
-    add("--nd-weight", type=weight, metavar="X", help="of ND; 0 gives the base method alone")
-    add("--kd-weight", type=weight, metavar="X", help="of KD on the regions' logits, at T = 1")
-    add("--reviewkd-weight", type=weight, metavar="X", help="of ReviewKD on the FPN's maps")
-    add(
-        "--nd-foreground-only",
-        action="store_true",
-        help="ablation: by the paper background counts, three quarters of the regions and more",
-    )
-    add("--class-means-images", type=positive_int, metavar="N", help="the first N are"
-        " enough for the means (all)")  # fmt: skip
-
-    add = parser.add_argument_group("recipe (settings in brackets: COCO; shapes)").add_argument
-    add("--epochs", type=positive_int, metavar="N", help="drops scale along (12; 3)")
-    add("--iterations", type=positive_int, metavar="N", help="steps, in the place of --epochs")
-    add("--teacher-epochs", type=positive_int, metavar="N", help="if it is trained (--epochs)")
-    add("--batch-size", type=positive_int, metavar="N", help="images (8; 4)")
-    add("--lr", type=positive, metavar="X", help="lower it if the first epoch diverges (0.01 for 8"
-        " images, in proportion; 0.01)")  # fmt: skip
-    add("--momentum", type=below_one, default=0.9, metavar="X", help="(0.9)")
-    add("--weight-decay", type=weight, default=1e-4, metavar="X", help="(0.0001)")
-    add("--regions", type=positive_int, metavar="N", help="sampled in an image;"
-        " a test keeps twice as many proposals, 1000 at most (512; 32)")  # fmt: skip
-    add("--fpn-width", type=positive_int, metavar="N", help="channels of the FPN (256; 64)")
-    add(
-        "--pretrained-backbone",
-        action=YesNo,
-        help="start from ImageNet weights, with BatchNorm frozen (yes; no)",
-    )
-
-    add_detection_arguments(parser)
-    args = parser.parse_args(argv)
-    args.script = "detect_nd"
-    if args.epochs and args.iterations:
-        raise UserError("--epochs and --iterations: give the length of training once")
-    for name, value in OPEN[args.dataset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.train_teacher |= args.dataset == "shapes"
-    args.lr = args.lr or 0.01 * args.batch_size / 8
-    args.plot = ("detections.png",) if args.plot else ()
-    if args.predict and not args.eval:
-        raise UserError("--predict: say with whose weights: --eval runs/.../student.pt")
-    if args.eval:
-        return args
-    fill_pair_weights(args)
-    args.method = method_name(args)
-    on_gpu = pick_device(args.device).type == "cuda"
-    if args.reviewkd_weight and args.deterministic and on_gpu:
-        raise UserError("--base reviewkd: its pooling has no deterministic form on a GPU")
-    if args.plot:
-        pyplot()  # fail now, not after the training
-        if args.method == "plain":
-            raise UserError("--plot compares with the plain student: give it a method's weight")
-    if args.reviewkd_weight and args.batch_size < 2 * world():
-        raise UserError(
-            f"--batch-size {args.batch_size}: ReviewKD's BatchNorm needs 2 images or more a process"
-        )
-    return args
-
-
-def main(args) -> dict:
-    """One run, from data to result. With args.teacher None and every weight 0 it is the plain
-    detector: so is the teacher trained."""
-    device = pick_device(args.device)
-    data = load_detection_data(args, device)
-    steps = data.steps(args.batch_size)
-    if args.iterations:  # the last epoch is cut short
-        args.epochs = math.ceil(args.iterations / steps)
-    total = args.iterations or args.epochs * steps
-    run = Run(args)
-    if run.done:  # --resume of a finished run
-        return run.done
-
-    # Student. Seeded here, so that its start does not depend on what happened before. The helper is
-    # trained beside it and thrown away afterwards.
+    # Networks. Seeded here, so that their start does not depend on what happened before.
     torch.manual_seed(args.seed)
     student = build_detector(args.student, data.num_classes, args)
-    helpers = nn.ModuleDict()
+
+    # Auxiliary module: trained beside the student, discarded after training.
+    auxiliary = nn.ModuleDict()
     if args.reviewkd_weight:
-        widths = [args.fpn_width] * 5  # of the FPN's levels, the teacher's and the student's
-        helpers["review"] = ReviewKD(widths, widths, args.fpn_width)
-    student, helpers = student.to(device), helpers.to(device)
+        channels = [args.fpn_width] * 5  # of the FPN's five levels, in both networks
+        auxiliary["review"] = ReviewKD(channels, channels, args.fpn_width)
 
-    # Teacher: loaded, or trained first by this very function; frozen from here on.
-    teacher = get_teacher_detector(args, data, main) if args.teacher else None
+    # The teacher: from a file, or trained first by this very function. Frozen from here.
+    teacher = load_teacher(args, data, distill) if args.teacher else None
     if args.nd_weight:
-        class_means, class_counts = load_region_means(args, data, teacher)
-    # What is drawn from here on, such as regions, is drawn alike for every method.
-    torch.manual_seed(args.seed)
+        class_means, class_counts = load_roi_class_means(args, data, teacher)
+    asks_box_branch = args.nd_weight or args.kd_weight  # of the teacher, in every step
+    asks_teacher = asks_box_branch or args.reviewkd_weight
 
-    # SGD with momentum, one group for student and helper; a pretrained stem is left as it is.
-    trained = [p for p in (*student.parameters(), *helpers.parameters()) if p.requires_grad]
-    optimizer = torch.optim.SGD(
-        trained, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
-    )
+    # SGD with momentum for all that is trained: the stem of a pretrained ResNet is not.
+    student, auxiliary = student.to(data.device), auxiliary.to(data.device)
+    trained = [p for p in (*student.parameters(), *auxiliary.parameters()) if p.requires_grad]
+    sgd = dict(momentum=args.momentum, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(trained, lr=args.lr, **sgd)
+    run.start(student=student, auxiliary=auxiliary, optimizer=optimizer, teacher=teacher)
 
-    state = {"student": student, "helpers": helpers, "optimizer": optimizer}
-    state |= {"data": data.fingerprint, "teacher": teacher and teacher.hash}
-    warm_up = min(1000, total // 10)
-    for epoch in range(run.restore(**state), args.epochs):
+    warm_up_steps = max(1, min(1000, run.total_steps // 10))
+    for _ in run.epochs():
         student.train()
-        helpers.train()
-        todo = total - epoch * steps
-        meter = DetectionMeter(args, epoch, args.batch_size * todo)
-        shuffle = args.seed * 100_003 + epoch  # another for every seed and epoch
-        last = min(steps, todo)
-        order = dict(seed=shuffle, part=slice(run.step, last), shared=True)
-        batches = data.batches("train", args.batch_size, **order)
-        for step, (images, targets, image_ids) in run.steps(batches, last, meter, state):
-            # Schedule: lr / 10 at 120 and 160 of 180 parts of the run; at first it grows linearly.
-            done = epoch * steps + step
-            lr = args.lr / 10 ** sum(180 * done >= drop * total for drop in (120, 160))
-            lr *= min(1.0, 0.001 + 0.999 * done / max(1, warm_up))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+        auxiliary.train()
+        for images, targets, image_ids in run.batches():
+            # Schedule: lr / 10 at 120 and at 160 of 180 parts of the run, after a linear warm-up.
+            passed = sum(180 * run.step >= part * run.total_steps for part in (120, 160))
+            warm_up = min(1.0, 0.001 + 0.999 * run.step / warm_up_steps)
+            common.set_lr(optimizer, args.lr / 10**passed * warm_up)
 
-            # Forward: the teacher is shown the student's pixels and the student's regions.
-            with autocast(args, device):
+            # Forward: the teacher is shown the student's pixels and the student's RoIs.
+            with common.autocast(args):
                 losses, sampled = training_pass(student, images, targets)
                 with torch.no_grad():
-                    if args.nd_weight or args.kd_weight or args.reviewkd_weight:
-                        teacher_maps = teacher.net.backbone(sampled.pixels)
-                    if args.nd_weight or args.kd_weight:
+                    if asks_teacher:
+                        teacher_maps = teacher.backbone(sampled.pixels)
+                    if asks_box_branch:
                         teacher_emb, teacher_logits, _ = box_branch(
-                            teacher.net, teacher_maps, sampled.boxes, sampled.sizes
+                            teacher, teacher_maps, sampled.boxes, sampled.sizes
                         )
                 if args.reviewkd_weight:
-                    teacher_levels = list(teacher_maps.values())
-                    student_levels = helpers["review"](list(sampled.maps.values()), teacher_levels)
+                    maps, teacher_maps = [*sampled.feature_maps.values()], [*teacher_maps.values()]
+                    maps = [m.float() for m in auxiliary["review"](maps, teacher_maps)]
 
-            # Losses, outside autocast and in float32. A term of weight 0 is not computed.
+            # Losses, in float32. A term of weight 0 is not computed: it stays 0.0, not logged.
             nd = kd = reviewkd = 0.0
             if args.nd_weight:
-                nd = region_nd(
+                nd = roi_nd_loss(
                     sampled, teacher_emb, class_means, class_counts, args.nd_foreground_only
                 )
             if args.kd_weight:
                 kd = kd_loss(sampled.logits, teacher_logits, temperature=1.0)
             if args.reviewkd_weight:
-                reviewkd = hcl_loss(student_levels, teacher_levels)
+                reviewkd = hcl_loss(maps, teacher_maps)
             loss = losses["cls"] + losses["box"] + losses["objectness"] + losses["rpn_box"]
             loss = loss + args.nd_weight * nd + args.kd_weight * kd
             loss = loss + args.reviewkd_weight * reviewkd
-
             optimizer.zero_grad()
-            meter.add({**losses, "nd": nd, "kd": kd, "reviewkd": reviewkd}, image_ids)
             loss.backward()
-            average_gradients(optimizer)  # over the processes, if there are several
+            run.average_gradients(optimizer)
             optimizer.step()
+            run.log({**losses, "nd": nd, "kd": kd, "reviewkd": reviewkd}, image_ids)
+            sampled = maps = teacher_maps = None  # frees the feature maps
+        run.end_epoch(**evaluate_detector(student, data, args)[0])
 
-        metrics = meter.close() | evaluate_detector(student, data, args)
-        metrics["lr"] = optimizer.param_groups[0]["lr"]
-        meter.report(metrics)
-        run.end_epoch(metrics, **state)
-
-    if args.plot and rank() == 0:
-        plain = load_detector(
-            args.student, data.num_classes, args, run.dir / "plain" / "student.pt"
-        ).to(device)
-        columns = {"plain student": plain, args.method: student}
-        draw_sheet(data, columns, args, run.dir / args.plot[0])
-    return run.finish_detection(student, data, teacher)
+    if args.plot and common.rank() == 0:
+        draw_comparison(student, data, args)
+    scores = {name: run.history[-1][name] for name in AP_NAMES}
+    more = dict(ap=scores, classes=data.classes, bad_images=data.bad_images)
+    teacher_ap = teacher.ap if teacher is not None else None
+    return run.finish(teacher_ap=teacher_ap, student_ap=scores["AP"], **more)
 
 
-def print_ap(args) -> None:
-    """--eval: AP of a student's weights."""
-    device = pick_device(args.device)
-    data = load_detection_data(args, device)
-    student = load_detector(args.student, data.num_classes, args, args.eval).to(device)
-    scores, by_class = coco_ap(data.truth, detect(student, data, args))
-    print(f"{args.student} from {args.eval}: {ap_line(scores)}")
-    if args.per_class:
-        for category, ap in by_class.items():
-            name = data.classes[data.category_ids.index(category)]
-            print(f"  {name:20s} {'-' if ap is None else format(ap, '.2f')}")
+# fmt: off
+# Loss weights of the paper's three COCO pairs, from the configurations of its code. Another pair
+# takes those of the first.
+PAPER_WEIGHTS = {
+    "resnet101 resnet18": {"KD++": dict(nd_weight=1.5, kd_weight=1.0, reviewkd_weight=0.0),
+        "ReviewKD++": dict(nd_weight=1.5, kd_weight=0.0, reviewkd_weight=1.2), "ReviewKD": 1.2},
+    "resnet101 resnet50": {"KD++": dict(nd_weight=1.0, kd_weight=1.0, reviewkd_weight=0.0),
+        "ReviewKD++": dict(nd_weight=1.0, kd_weight=0.0, reviewkd_weight=1.4), "ReviewKD": 1.0},
+    "resnet50 mobilenet_v2": {"KD++": dict(nd_weight=1.0, kd_weight=1.0, reviewkd_weight=0.0),
+        "ReviewKD++": dict(nd_weight=1.5, kd_weight=0.0, reviewkd_weight=2.2), "ReviewKD": 2.0},
+}
+# The synthetic scenes are small and few, so a detector for them is small and trained from scratch.
+RECIPES = {
+    "coco": dict(teacher="resnet50", student="resnet18", epochs=12, batch_size=8, regions=512,
+        fpn_width=256, smallest_anchor=32, pretrained_backbone=True),
+    "shapes": dict(teacher="resnet18", student="mobilenet_v2", epochs=3, batch_size=4, lr=0.01,
+        regions=32, fpn_width=64, smallest_anchor=16, pretrained_backbone=False, image_size=64,
+        workers=0),
+}
+# fmt: on
+NO_DISTILLATION = dict(nd_weight=0.0, kd_weight=0.0, reviewkd_weight=0.0)
 
 
-def program(argv=None) -> None:
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = common.Parser("detect_nd", __doc__)
+    add, weight = parser.add_argument_group("method").add_argument, common.weight
+    add("--base", choices=("kd", "reviewkd"), default="kd", help="loss to add ND to (default: kd)")
+    add("--nd-weight", type=weight, help="weight of ND (default: the paper's)")
+    add("--kd-weight", type=weight, help="weight of KD on the RoIs' logits, at temperature 1"
+        " (default: the paper's; with --base reviewkd 0)")  # fmt: skip
+    add("--reviewkd-weight", type=weight, help="weight of ReviewKD on the FPN's feature maps"
+        " (default: the paper's; with --base kd 0)")  # fmt: skip
+    add("--nd-foreground-only", action="store_true", help="ablation: ND without background RoIs")
+    add("--class-means-images", type=common.positive_int, help="images to average (default: all)")
+    add_detection_arguments(parser)
+    args = parser.parse_args(argv)
+    for name, value in RECIPES[args.dataset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.lr = args.lr or 0.01 * args.batch_size / 8
+    args.train_teacher = args.train_teacher or args.dataset == "shapes"
+
+    # Unset loss weights default to the paper's for this pair; pairs not in the paper use the first.
+    pair = f"{args.teacher} {args.student}"
+    pair = pair if pair in PAPER_WEIGHTS else "resnet101 resnet18"
+    weights = PAPER_WEIGHTS[pair]["KD++" if args.base == "kd" else "ReviewKD++"]
+    unset = {name: value for name, value in weights.items() if getattr(args, name) is None}
+    vars(args).update(unset)
+    if unset and not args.eval:
+        print(f"loss weights: {unset}, the paper's for {pair}", flush=True)
+
+    bases = {"KD": args.kd_weight, "ReviewKD": args.reviewkd_weight}
+    args.method = "+".join(name for name, value in bases.items() if value)
+    if args.nd_weight:
+        args.method = f"{args.method}++" if args.method else "ND"
+        args.method += " on foreground" if args.nd_foreground_only else ""
+    args.method = args.method or "plain"
+
+    on_gpu = common.pick_device(args.device).type == "cuda"
+    if args.predict and not args.eval:
+        raise common.UserError("--predict: name the weights to use: --eval runs/.../student.pt")
+    if args.reviewkd_weight and args.batch_size < 2 * common.world():
+        raise common.UserError("--batch-size: ReviewKD's BatchNorm needs 2 images or more a rank")
+    if args.reviewkd_weight and args.deterministic and on_gpu:
+        raise common.UserError("--base reviewkd: pooling has no --deterministic form on a GPU")
+    if args.plot and common.pyplot() and args.method == "plain":
+        raise common.UserError("--plot compares with no distillation: give a weight above 0")
+    return args
+
+
+def main(argv=None) -> dict | list[dict]:
+    """What the shell calls: one run, or those of --seeds and --compare. Returns their results."""
     args = parse_args(argv)
     if args.eval:
-        if args.resume:
-            raise UserError("--resume and --eval: choose one")
-        as_trained(args)
-        return draw_predictions(args) if args.predict else print_ap(args)
-    zero = dict(nd_weight=0.0, kd_weight=0.0, reviewkd_weight=0.0, plot=())
-    zero |= dict(nd_foreground_only=False)
-    (kd, _), _, reviewkd = pair_row(args)[0]
-    baselines = {
-        "plain": zero | dict(method="plain"),
-        "kd": zero | dict(method="KD", kd_weight=args.kd_weight or kd),
-    }
+        return evaluate_file(args)
+    pair = f"{args.teacher} {args.student}"
+    paper = PAPER_WEIGHTS.get(pair, PAPER_WEIGHTS["resnet101 resnet18"])
+    off = dict(NO_DISTILLATION, nd_foreground_only=False, plot=False)
+    kd_weight = args.kd_weight or paper["KD++"]["kd_weight"]
+    kd = dict(off, method="KD", kd_weight=kd_weight)
+    baselines = {"plain": dict(off, method="plain"), "kd": kd}
     if args.reviewkd_weight:
-        if args.reviewkd_weight != pair_row(args)[0][1][0]:  # not the default: the user's
-            reviewkd = args.reviewkd_weight
-        baselines["reviewkd"] = zero | dict(method="ReviewKD", reviewkd_weight=reviewkd)
-    launch(main, args, baselines, needed=("plain",) if args.plot else ())
+        # The paper gives ReviewKD another weight without ND; a weight of the user's stays.
+        given = args.reviewkd_weight != paper["ReviewKD++"]["reviewkd_weight"]
+        alone = args.reviewkd_weight if given else paper["ReviewKD"]
+        baselines["reviewkd"] = dict(off, method="ReviewKD", reviewkd_weight=alone)
+    return common.launch(distill, args, baselines, needed=("plain",) if args.plot else ())
+
+
+# ----------------------------------------------------------------------------------------------
+# Chores that only detection has: flags, data, synthetic scenes, the detector, the teacher, AP and
+# figures. Nothing below this line belongs to the method.
+# ----------------------------------------------------------------------------------------------
+
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
+
+
+def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the recipe, the detector, the data and the run."""
+    count, file, below_one = common.positive_int, common.file_path, common.number(float, 0, 0.9999)
+    backbone = common.one_of("backbone", BACKBONES)
+    recipe = parser.add_argument_group(f"recipe and detector (backbones: {', '.join(BACKBONES)})")
+    add, length = recipe.add_argument, recipe.add_mutually_exclusive_group().add_argument
+    add("--teacher", type=backbone, help="its backbone (default: resnet50; shapes: resnet18)")
+    add("--student", type=backbone, help="its backbone (default: resnet18; shapes: mobilenet_v2)")
+    add("--teacher-ckpt", type=file, help="its weights (default: torchvision's resnet50 for COCO)")
+    add("--train-teacher", action="store_true", help="train the teacher first (shapes: always)")
+    add("--teacher-epochs", type=count, help="epochs to train it for (default: as the student)")
+    length("--epochs", type=count, help="LR milestones scale with it (default: 12; shapes: 3)")
+    length("--iterations", type=count, help="length in steps, in place of --epochs")
+    add("--batch-size", type=count, help="images in a step (default: 8; shapes: 4)")
+    add("--lr", type=common.positive, help="learning rate (default: batch size / 800; shapes 0.01)")
+    add("--momentum", type=below_one, default=0.9, help="of SGD (default: 0.9)")
+    add("--weight-decay", type=common.weight, default=1e-4, help="of SGD (default: 0.0001)")
+    add("--pretrained-backbone", action=common.YesNo, help="start from ImageNet weights and freeze"
+        " BatchNorm; from scratch it is trained (default: yes; shapes: no)")  # fmt: skip
+    add("--regions", type=count, help="RoIs an image in training (default: 512; shapes: 32)")
+    add("--fpn-width", type=count, help="channels of the FPN (default: 256; shapes: 64)")
+    add("--smallest-anchor", type=count, help="side at the finest level (default: 32; shapes: 16)")
+    add("--image-size", type=common.number(int, 8, 4096), help="short side in pixels (default: 640"
+        " to 800 in training, 800 in a test; shapes: 64)")  # fmt: skip
+
+    add = parser.add_argument_group("data and run").add_argument
+    add("--dataset", choices=("coco", "shapes"), default="coco", help="files in COCO's layout, or"
+        " synthetic scenes, which need none (default: coco)")  # fmt: skip
+    add("--data-dir", type=file, default="data", help="folder in COCO's layout (default: data)")
+    add("--train-split", default="train2017", help="name of the split (default: train2017)")
+    add("--val-split", default="val2017", help="name of the split (default: val2017)")
+    add("--skip-bad-images", action="store_true", help="leave out, and count, what cannot be read")
+    add("--train-size", type=count, help="number of training images (default: all)")
+    add("--workers", type=common.number(int, 0, 256), help="processes that decode images (default:"
+        " one a core, at most 8; shapes: 0)")  # fmt: skip
+    common.add_file_arguments(add)
+    add("--per-class", action="store_true", help="with --eval: print the AP of each class too")
+    add("--predict", type=file, nargs="+", help="with --eval: draw detections on these images")
+    add("--plot", action="store_true", help="draw boxes: ground truth, no distillation, student")
+
+
+class DetectionData:
+    """COCO's layout: annotations/instances_<split>.json and a folder of images for each split.
+
+    An image is a dict: COCO's entry, its path, and what can be trained on, boxes [n,4] in pixels
+    (x1, y1, x2, y2) and labels [n] from 1. It is decoded anew in every pass. Images differ in size,
+    so a batch is a list of them.
+    """
+
+    def __init__(self, root, splits, train_size, skip_bad_images, workers, device):
+        self.workers, self.device = workers, device
+        paths = [root / "annotations" / f"instances_{split}.json" for split in splits]
+        for path in paths:
+            if not path.is_file():
+                raise common.UserError(f"--data-dir: no {path} (--dataset shapes needs no files)")
+        contents = [path.read_bytes() for path in paths]
+        tables = [_read_table(path, content) for path, content in zip(paths, contents)]
+        names, other = ({i: str(c["name"]) for i, c in table.cats.items()} for table in tables)
+        if names != other:
+            raise common.UserError(f"{paths[0]} and {paths[1]} must list the same categories")
+        # The name and the files' number of every label. COCO's own are kept, with their gaps, so
+        # that torchvision's weights fit; others are numbered anew.
+        self.classes, self.category_ids = list(COCO_CLASSES), list(range(91))
+        if not all(0 < i < 91 and COCO_CLASSES[i] == name for i, name in names.items()):
+            self.category_ids = [None, *sorted(names)]
+            self.classes = ["__background__", *(names[i] for i in sorted(names))]
+        self.num_classes, self.ground_truth = len(self.classes), tables[1]
+        train, self.val = (
+            _images_of(root / split, table, self.category_ids, skip_bad_images, workers)
+            for split, table in zip(splits, tables)
+        )
+        digest = hashlib.sha256(b"".join(contents))
+        for images in (train, self.val):
+            digest.update(repr([image["id"] for image in images]).encode())
+        self.fingerprint = digest.hexdigest()[:16]
+        self.bad_images = sum(len(table.imgs) for table in tables) - len(train) - len(self.val)
+        train = [image for image in train if len(image["labels"])]
+        print(f"data: {len(train)} images with boxes to train on, {self.bad_images} bad images")
+        if not train or not any(len(image["labels"]) for image in self.val):
+            raise common.UserError(f"{paths[1 if train else 0]}: no image has a box")
+        if (train_size or 1) > len(train):
+            raise common.UserError(f"--train-size {train_size}: there are {len(train)} images")
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+        self.train = [train[i] for i in sorted(order[:train_size])]
+        self.train_images, self.test_images = len(self.train), len(self.val)
+
+    def steps(self, batch_size: int) -> int:
+        """Batches in an epoch."""
+        return len(self._shuffled(batch_size, seed=0))
+
+    def train_batches(self, batch_size: int, seed: int, first: int, last: int):
+        """Batches `first` to `last` - 1 of an epoch, shuffled and flipped: this rank's part."""
+        plan = [keys[common.share(len(keys))] for keys in self._shuffled(batch_size, seed)]
+        return self._decoded(self.train, plan[first:last])
+
+    def batches(self, images: list[dict], batch_size: int, shared: bool = False):
+        """Batches of these images in order. shared: this rank's part of the batches."""
+        keys = [(index, False) for index in range(len(images))]
+        plan = [keys[k : k + batch_size] for k in range(0, len(keys), batch_size)]
+        return self._decoded(images, plan[common.share(len(plan))] if shared else plan)
+
+    def _shuffled(self, batch_size, seed):
+        """An epoch as lists of (index, flip?). For less padding wide images meet wide ones and tall
+        ones tall ones; the rest of both makes the last batches. A last batch of one image a rank is
+        left out, since BatchNorm cannot be trained on one image's 1x1 feature map."""
+        rng, images = torch.Generator().manual_seed(seed), self.train
+        order = torch.randperm(len(images), generator=rng).tolist()
+        flips = (torch.rand(len(images), generator=rng) < 0.5).tolist()
+        batches, rest = [], []
+        for wide in (True, False):
+            group = [i for i in order if (images[i]["width"] >= images[i]["height"]) == wide]
+            whole = len(group) - len(group) % batch_size
+            batches += [group[k : k + batch_size] for k in range(0, whole, batch_size)]
+            rest += group[whole:]
+        batches += [rest[k : k + batch_size] for k in range(0, len(rest), batch_size)]
+        if len(batches) > 1 and len(batches[-1]) < min(2 * common.world(), batch_size):
+            batches.pop()
+        if len(batches[-1]) < common.world():
+            raise common.UserError(
+                f"--batch-size: {common.world()} ranks need an image each, or more"
+            )
+        order = torch.randperm(len(batches), generator=rng).tolist()
+        return [[(i, flips[i]) for i in batches[k]] for k in order]
+
+    def _decoded(self, images, plan):
+        """Yields lists of images [3,h,w] in 0..1, of torchvision's targets, and of image ids."""
+        decoded = common.read_in_workers(Decoder(images), self.workers, batch_sampler=plan)
+        for keys, batch in zip(plan, decoded):
+            pixels, targets = [], []
+            for (index, flip), content in zip(keys, batch):
+                if isinstance(content, str):
+                    raise common.UserError(f"{content}; --skip-bad-images leaves such images out")
+                pixels.append(content.to(self.device).float().div_(255))
+                boxes, width = images[index]["boxes"].clone(), images[index]["width"]
+                if flip:
+                    boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
+                boxes, labels = boxes.to(self.device), images[index]["labels"].to(self.device)
+                targets.append({"boxes": boxes, "labels": labels})
+            yield pixels, targets, [images[index]["id"] for index, _ in keys]
+
+
+class Decoder(torch.utils.data.Dataset):
+    """(index, flip?) -> image [3,h,w] uint8, or what is wrong with it."""
+
+    def __init__(self, images):
+        self.files = [(image["path"], (image["width"], image["height"])) for image in images]
+
+    def __getitem__(self, key):
+        index, flip = key
+        path, size = self.files[index]
+        try:
+            image = common.read_rgb(path)
+        except common.UserError as error:
+            return str(error)
+        if image.size != size:
+            return f"{path}: width and height are {image.size}, its annotation says {size}"
+        pixels = np.array(image).transpose(2, 0, 1)
+        return np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)
+
+
+_read_once = functools.lru_cache(maxsize=1)(DetectionData)  # for the runs of --compare and --seeds
+
+
+def load_detection_data(args) -> DetectionData:
+    """The data set of the command line. Raises: UserError if it cannot be read."""
+    torch.backends.cudnn.benchmark = False  # nearly every batch has another shape
+    root, splits = Path(args.data_dir), (args.train_split, args.val_split)
+    if args.dataset == "shapes":
+        with common.one_rank_first():
+            root, splits = draw_scenes(root, args.image_size), tuple(SCENES)
+    workers = min(8, common.cores()) if args.workers is None else args.workers
+    device = common.pick_device(args.device)
+    return _read_once(root, splits, args.train_size, args.skip_bad_images, workers, device)
+
+
+def _read_table(path, content):
+    """faster-coco-eval's index of an annotation file, whose entries are checked first."""
+    try:
+        table = json.loads(content)
+        images = {image["id"] for image in table["images"]}
+        categories = {category["id"] for category in table["categories"]}
+        for image in table["images"]:
+            Path(image["file_name"]), int(image["width"]), int(image["height"])
+        if not all(isinstance(number, int) for number in (*images, *categories)):
+            raise TypeError("an id is not a whole number")
+        for number, entry in enumerate(table.setdefault("annotations", []), 1):
+            x, y, width, height = entry["bbox"]
+            fits = entry["image_id"] in images and entry["category_id"] in categories
+            if not fits or not all(abs(value) < torch.inf for value in (x, y, width, height)):
+                raise ValueError(f"annotation {entry.get('id')}: wrong image, category or bbox")
+            entry["id"] = number  # from 1: the evaluator takes a match with 0 for no match
+            entry.setdefault("area", width * height)
+            entry.setdefault("iscrowd", 0)
+        return COCO(table)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise common.UserError(f"{path}: not COCO's instances format ({problem})") from None
+
+
+def _images_of(folder, table, ids, skip_bad_images, workers):
+    """A split's images, with the boxes that can be trained on."""
+    images, ignored = [], 0
+    for image in table.imgs.values():
+        path, every = folder / image["file_name"], table.imgToAnns[image["id"]]
+        if not path.is_file() and not skip_bad_images:
+            raise common.UserError(f"{path}: no such image; --skip-bad-images leaves it out")
+        single = [annotation for annotation in every if not annotation["iscrowd"]]
+        boxes = torch.tensor([a["bbox"] for a in single], dtype=torch.float64).view(-1, 4)
+        boxes = torchvision.ops.box_convert(boxes, "xywh", "xyxy")
+        boxes = torchvision.ops.clip_boxes_to_image(boxes, (image["height"], image["width"]))
+        boxes = boxes.float()
+        labels = torch.tensor([ids.index(a["category_id"]) for a in single], dtype=torch.int64)
+        inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        ignored += len(every) - int(inside.sum())
+        images.append(dict(image, path=str(path), boxes=boxes[inside], labels=labels[inside]))
+    if ignored:
+        print(f"note: {folder.name}: {ignored} crowds or boxes without area are not trained on")
+    if not skip_bad_images:
+        return images
+    # A pass of its own, so that the batches are full and a resumed run counts them alike.
+    plan, good = [[(index, False)] for index in range(len(images))], []
+    decoded = common.read_in_workers(Decoder(images), workers, batch_sampler=plan)
+    for image, [content] in zip(images, decoded):
+        if isinstance(content, str):
+            print(f"note: {content}: left out", file=sys.stderr)
+        else:
+            good.append(image)
+    return good
+
+
+# Synthetic scenes in COCO's layout, to try everything without files: images of each split.
+SCENES = {"train2017": 400, "val2017": 100}
+
+
+def draw_scenes(root: Path, size: int) -> Path:
+    """Draw 2 to 5 of `common.SHAPES` in each image, once. Returns the data set's folder."""
+    if size < 32:
+        raise common.UserError(f"--image-size {size}: synthetic scenes need 32 pixels or more")
+    folder = root / f"shapes-scenes-{size}"
+    if folder.is_dir():
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as begun:
+        scenes = Path(begun) / "scenes"
+        (scenes / "annotations").mkdir(parents=True)
+        for seed, (split, count) in enumerate(SCENES.items()):
+            (scenes / split).mkdir()
+            images, annotations = [], []
+            for image_id in range(count):
+                pixels, found = _draw_scene(np.random.default_rng((seed, image_id)), size)
+                name = f"{image_id:06d}.png"
+                Image.fromarray(pixels).save(scenes / split / name)
+                images.append(dict(id=image_id, file_name=name, width=size, height=size))
+                for shape, box in found:
+                    entry = dict(image_id=image_id, category_id=shape + 1, bbox=box, iscrowd=0)
+                    annotations.append(entry | dict(id=len(annotations) + 1, area=box[2] * box[3]))
+            categories = [dict(id=k + 1, name=name) for k, name in enumerate(common.SHAPES)]
+            table = dict(images=images, annotations=annotations, categories=categories)
+            (scenes / f"annotations/instances_{split}.json").write_text(json.dumps(table))
+        with contextlib.suppress(OSError):  # another program was faster
+            scenes.rename(folder)
+    return folder
+
+
+def _draw_scene(rng, size):
+    """-> [S,S,3] uint8, [(shape, [x, y, w, h])]: shapes that do not touch, on a shaded ground."""
+    outlines, holes = common.shape_outlines()
+    axis = np.arange(size, dtype=np.float32) + 0.5
+    turn = rng.uniform(0, 2 * np.pi)
+    ramp = (np.cos(turn) * axis[:, None] + np.sin(turn) * axis) / size
+    first, second = rng.uniform(0.1, 0.6, (2, 3))
+    canvas = first + ramp[..., None] * (second - first)
+    found, taken = [], np.zeros((size, size), bool)
+    for _ in range(rng.integers(2, 6)):
+        shape, radius = rng.integers(len(common.SHAPES)), rng.uniform(0.11, 0.21) * size
+        turn, colour = rng.uniform(-np.pi, np.pi), rng.uniform(0.5, 1, 3)
+        for _ in range(20):  # until it finds room; a full canvas stays as it is
+            x, y = rng.uniform(1.2 * radius, size - 1.2 * radius, 2)
+            dx, dy = axis - x, axis[:, None] - y
+            angle = np.arctan2(dy, dx) + turn
+            angle = ((angle + np.pi) * (256 / (2 * np.pi))).astype(np.int32) % 256
+            distance = np.hypot(dx, dy) / radius
+            whole = distance < outlines[shape][angle]
+            (top, *_, bottom), (left, *_, right) = (np.flatnonzero(whole.any(k)) for k in (1, 0))
+            around = (slice(top, bottom + 1), slice(left, right + 1))
+            if not taken[around].any():
+                taken[around] = True
+                canvas = np.where((whole & (distance > holes[shape]))[..., None], colour, canvas)
+                box = [int(v) for v in (left, top, right + 1 - left, bottom + 1 - top)]
+                found.append((int(shape), box))
+                break
+    canvas = canvas + rng.standard_normal(canvas.shape) * rng.uniform(0.02, 0.05)
+    return (canvas.clip(0, 1) * 255).astype(np.uint8), found
+
+
+# MobileNetV2's levels as in the paper: 24, 32, 96 and 320 channels at strides 4, 8, 16 and 32.
+MOBILENET_LEVELS = {"3": "0", "6": "1", "13": "2", "17": "3"}
+COCO_WEIGHTS = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1
+COCO_CLASSES = COCO_WEIGHTS.meta["categories"]  # by COCO's id, 0 the background, 91 with the gaps
+
+
+def build_detector(name: str, num_classes: int, args, frozen_norm: bool = False) -> nn.Module:
+    """Faster R-CNN with FPN on one of BACKBONES. frozen_norm: for weights that are loaded."""
+    models, ops = torchvision.models.detection, torchvision.ops
+    pretrained = args.pretrained_backbone and not frozen_norm
+    # Two or so images a GPU are too few for BatchNorm, so it is frozen in pretrained backbones.
+    # Frozen as it starts it would normalise nothing: from scratch it is trained.
+    norm = ops.FrozenBatchNorm2d if pretrained or frozen_norm else nn.BatchNorm2d
+    net = torchvision.models.get_model(name, weights=None, norm_layer=norm)
+    if pretrained:
+        weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+        net.load_state_dict(_download(weights))
+    if name == "mobilenet_v2":
+        body, levels, channels = net.features, MOBILENET_LEVELS, [24, 32, 96, 320]
+    else:
+        body, levels = net, {f"layer{k + 1}": str(k) for k in range(4)}
+        channels = [net.inplanes // 8 * 2**k for k in range(4)]
+        if pretrained:  # stem and first stage stay as they are
+            for part in (net.conv1, net.bn1, net.layer1):
+                part.requires_grad_(False)
+    fpn = models.backbone_utils.BackboneWithFPN(body, levels, channels, args.fpn_width)
+    sides = tuple((args.smallest_anchor * 2**k,) for k in range(5))
+    anchors = models.anchor_utils.AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * 5)
+    short = [args.image_size] if args.image_size else list(range(640, 801, 32))
+    detector = models.FasterRCNN(
+        fpn,
+        num_classes,
+        min_size=short,  # in training one of them at random, in a test the last
+        max_size=short[-1] * 1333 // 800,
+        rpn_anchor_generator=anchors,
+        rpn_post_nms_top_n_train=1000,
+        rpn_post_nms_top_n_test=min(1000, 2 * args.regions),
+        box_batch_size_per_image=args.regions,
+    )
+
+    # torchvision computes anchors and boxes in the dtype of what it is given. Under autocast that
+    # would be bfloat16, whose 8 bits move them by pixels.
+    def to_float(x):  # x: a tensor, or nested sequences of them, or a dict
+        if isinstance(x, dict):
+            return {key: value.float() for key, value in x.items()}
+        return x.float() if torch.is_tensor(x) else [to_float(part) for part in x]
+
+    for module in (detector.backbone, detector.rpn.head, detector.roi_heads.box_predictor):
+        module.register_forward_hook(lambda module, inputs, outputs: to_float(outputs))
+    return detector
+
+
+def _download(weights):
+    """A state dict of torchvision's. Raises: UserError if it cannot be downloaded."""
+    try:
+        with common.one_rank_first():
+            return weights.get_state_dict(progress=False, check_hash=True)
+    except OSError as error:
+        folder = f"{torch.hub.get_dir()}/checkpoints"
+        raise common.UserError(f"{error}: download {weights.url} into {folder}") from None
+
+
+def load_detector(name: str, num_classes: int, args, path: str | Path) -> nn.Module:
+    """A frozen detector in eval mode with the weights in `path`. Raises: UserError: no fit."""
+    net = build_detector(name, num_classes, args, frozen_norm=True)
+    state = common.read_state_dict(path)
+    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    common.load_weights(net, path, state)
+    return net.eval().requires_grad_(False)
+
+
+# What decides the weights of a teacher trained here, beside what `common` knows.
+TEACHER_RECIPE = ("iterations", "smallest_anchor", "regions", "fpn_width", "pretrained_backbone")
+LOWEST_TEACHER_AP = 1.0  # of any trained detector, on its own data
+_TEACHER_AP: dict = {}  # so that the runs of one command evaluate a teacher once
+
+
+def load_teacher(args, data: DetectionData, distill) -> nn.Module:
+    """The teacher, frozen, with its `.ap` and `.hash`: --teacher-ckpt, or trained first by
+    `distill` (--train-teacher), or torchvision's. Raises: UserError if there is none that fits."""
+    path = args.teacher_ckpt
+    if not path and args.train_teacher:
+        path = Path(f"checkpoints/detect-{args.dataset}_{args.teacher}.pt")
+        new = dict(vars(args), student=args.teacher, teacher=None, teacher_ckpt=None, seed=0)
+        new.update(NO_DISTILLATION, method="teacher", plot=False, resume=False)
+        new.update(out=f"runs/teacher-detect-{args.dataset}-{args.teacher}")
+        if args.teacher_epochs:
+            new.update(epochs=args.teacher_epochs, iterations=None)
+        common.teacher_checkpoint(path, argparse.Namespace(**new), data, distill, TEACHER_RECIPE)
+    if path:
+        teacher = load_detector(args.teacher, data.num_classes, args, path)
+    elif (args.teacher, data.classes, args.fpn_width) == ("resnet50", list(COCO_CLASSES), 256):
+        teacher = build_detector("resnet50", 91, args, frozen_norm=True)
+        teacher.load_state_dict(_download(COCO_WEIGHTS))
+        for module in teacher.eval().requires_grad_(False).modules():
+            if isinstance(module, torchvision.ops.FrozenBatchNorm2d):
+                module.eps = 0.0  # as these weights were trained
+    else:
+        raise common.UserError(
+            f"--teacher {args.teacher}: torchvision has resnet50 alone, for COCO's classes and an"
+            " FPN of width 256; give --teacher-ckpt FILE or --train-teacher"
+        )
+    teacher.hash = common.state_hash(teacher)
+    teacher = teacher.to(data.device)
+    key = (teacher.hash, data.fingerprint, args.precision, args.image_size)
+    if key not in _TEACHER_AP:
+        scores, _ = evaluate_detector(teacher, data, args)
+        source = path or "torchvision"
+        print(f"teacher {args.teacher} from {source}: {scores}", flush=True)
+        if scores["AP"] < LOWEST_TEACHER_AP and (args.teacher_ckpt or not args.train_teacher):
+            raise common.UserError(f"{source} detects nothing: other categories or --image-size?")
+        _TEACHER_AP[key] = scores["AP"]
+    teacher.ap = _TEACHER_AP[key]
+    return teacher
+
+
+def load_roi_class_means(args, data: DetectionData, teacher: nn.Module):
+    """`compute_roi_class_means` over the training set, cached beside the teachers."""
+    batches = data.batches(data.train[: args.class_means_images], args.batch_size, shared=True)
+    names = ("class_means_images", "image_size", "smallest_anchor", "regions", "batch_size")
+    made_by = {name: getattr(args, name) for name in names}
+    made_by.update(teacher=teacher.hash, data=data.fingerprint, images=data.train_images)
+
+    def compute():
+        print("class means of RoIs: one pass of the teacher", flush=True)
+        torch.manual_seed(0)  # RoI sampling is random
+        return compute_roi_class_means(teacher, batches, data.num_classes)
+
+    path = Path(f"checkpoints/roi-means-{teacher.hash}.pt")
+    means, counts = common.cached(path, made_by, compute)
+    unseen = [name for name, count in zip(data.classes, counts) if count == 0 and name != "N/A"]
+    if unseen:
+        print(f"note: ND leaves out {len(unseen)} classes without RoI: {', '.join(unseen[:8])} ...")
+    return means.to(data.device), counts.to(data.device)
+
+
+AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # what faster-coco-eval computes, in order
+
+
+def coco_ap(ground_truth: COCO, image_ids: list[int], found: list[dict]) -> tuple[dict, dict]:
+    """AP of these images in %, by AP_NAMES and by category id; None where there is nothing."""
+    evaluator = COCOeval_faster(ground_truth, ground_truth.loadRes(found), "bbox")
+    evaluator.params.imgIds = image_ids
+    evaluator.run()
+
+    def percent(value):
+        return None if value < 0 else round(100 * float(value), 3)
+
+    precision = evaluator.eval["precision"]  # [IoU, recall, class, area, detections an image]
+    by_class = [precision[:, :, k, 0, -1] for k in range(precision.shape[2])]
+    by_class = [percent(p[p > -1].mean() if (p > -1).any() else -1) for p in by_class]
+    scores = {name: percent(value) for name, value in zip(AP_NAMES, evaluator.stats)}
+    return scores, dict(zip(evaluator.params.catIds, by_class))
+
+
+@torch.no_grad()
+def evaluate_detector(model: nn.Module, data: DetectionData, args) -> tuple[dict, dict]:
+    """`coco_ap` of the model's detections on the validation split. Leaves the model in eval mode,
+    with the BatchNorm statistics of rank 0."""
+    model.eval()
+    common.take_buffers(model)
+    found = []
+    for images, _, image_ids in data.batches(data.val, args.batch_size, shared=True):
+        with common.autocast(args):
+            results = model(images)
+        for image_id, result in zip(image_ids, results):
+            boxes = torchvision.ops.box_convert(result["boxes"].float(), "xyxy", "xywh").tolist()
+            scored = zip(boxes, result["labels"].tolist(), result["scores"].tolist())
+            for box, label, score in scored:
+                category = data.category_ids[label]
+                found.append(dict(image_id=image_id, category_id=category, bbox=box, score=score))
+    found = [detection for part in common.gather_objects(found) for detection in part]
+    image_ids = [image["id"] for image in data.val]
+    scores = coco_ap(data.ground_truth, image_ids, found) if common.rank() == 0 else None
+    return common.gather_objects(scores)[0]
+
+
+def evaluate_file(args) -> None:
+    """--eval: AP of a student's weights, or with --predict its detections on the user's images."""
+    classes = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        result = json.loads((Path(args.eval).parent / "result.json").read_text())
+        names = ("student", "image_size", "smallest_anchor", "regions", "fpn_width")
+        settings, classes = {name: result["args"][name] for name in names}, result["classes"]
+        args = argparse.Namespace(**{**vars(args), **settings})
+        print("as trained:", *(f"{common.flag(name)} {v}" for name, v in settings.items()))
+    if not args.predict:
+        data = load_detection_data(args)
+        student = load_detector(args.student, data.num_classes, args, args.eval).to(data.device)
+        scores, by_class = evaluate_detector(student, data, args)
+        print(f"{args.student} from {args.eval}: {scores}")
+        if args.per_class:
+            names = dict(zip(data.category_ids, data.classes))
+            print(*(f"  {names[category]}: {ap}" for category, ap in by_class.items()), sep="\n")
+        return
+    if not classes:
+        bias = common.read_state_dict(args.eval).get("roi_heads.box_predictor.cls_score.bias", ())
+        classes = COCO_CLASSES if len(bias) == 91 else [f"class {k}" for k in range(len(bias))]
+    device, folder = common.pick_device(args.device), Path(args.out or "predictions")
+    student = load_detector(args.student, len(classes), args, args.eval).to(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in args.predict:
+        image = torch.from_numpy(np.array(common.read_rgb(name, upright=True))).permute(2, 0, 1)
+        drawn, words = with_boxes(image, student([image.to(device).float() / 255])[0], classes)
+        path = folder / f"{Path(name).stem}-boxes.png"
+        Image.fromarray(drawn).save(path)
+        print(f"{name}: {', '.join(words) or 'nothing found'}; figure: {path}", flush=True)
+
+
+@torch.no_grad()
+def draw_comparison(student: nn.Module, data: DetectionData, args) -> None:
+    """--plot: validation images with ground truth, and detections without and with distillation."""
+    plain = Path(args.out) / "plain" / "student.pt"
+    plain = load_detector(args.student, data.num_classes, args, plain).to(data.device)
+    samples = data.val[:6]
+    figure, axes = common.pyplot().subplots(len(samples), 3, figsize=(12, 4 * len(samples)))
+    for row, (images, targets, _) in zip(axes.reshape(-1, 3), data.batches(samples, 1)):
+        image = images[0].mul(255).round().byte().cpu()
+        truth = dict(targets[0], scores=torch.ones(len(targets[0]["labels"])))
+        results = {"ground truth": truth, "no distillation": plain(images)[0]}
+        results[args.method] = student.eval()(images)[0]
+        for axis, (title, result) in zip(row, results.items()):
+            axis.imshow(with_boxes(image, result, data.classes)[0])
+            axis.set_title(title)
+            axis.axis("off")
+    common.save_figure(figure, Path(args.out) / "detections.png")
+
+
+def with_boxes(image: torch.Tensor, result: dict, classes: list[str]):
+    """An image [3,h,w] uint8 with boxes that score 0.5 or more, as an array, and what each says."""
+    keep = (result["scores"] >= 0.5).cpu()
+    boxes, labels, scores = (result[name].cpu()[keep] for name in ("boxes", "labels", "scores"))
+    words = [f"{classes[label]} {score:.2f}" for label, score in zip(labels, scores)]
+    scale = 400 / min(image.shape[1:])  # torchvision writes in one size only, of ten pixels
+    image = torchvision.transforms.v2.functional.resize(image, [400])
+    if words:
+        colours = [f"hsl({label * 137.5 % 360},90%,70%)" for label in labels.tolist()]
+        boxes, draw = boxes * scale, torchvision.utils.draw_bounding_boxes
+        image = draw(image, boxes, words, colours, width=2, fill_labels=True)
+    return image.permute(1, 2, 0).numpy(), words
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(program))
+    sys.exit(common.run_program(main))

@@ -2,8 +2,7 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["OMP_NUM_THREADS"] = "1"  # the networks are tiny, and a process runs on every core
 
 import pytest  # noqa: E402
@@ -25,21 +24,20 @@ def no_waiting_for_the_disk(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def forget_loaded_data():
-    import common
+def nothing_is_loaded():
+    import helpers
 
-    common._LOADED.clear()
-    common._EVALUATED.clear()
+    helpers.forget_what_was_loaded()
 
 
 @pytest.fixture
 def few_shapes(monkeypatch):
-    """The splits of `shapes` cut to 72 and 24 images of half the size: tests need no accuracy."""
-    import ranks
+    """The splits of `shapes` cut to 72 and 24 images: tests need no accuracy."""
+    import helpers
 
     import common
 
-    monkeypatch.setattr(common, "draw_shapes", ranks.few(common.draw_shapes))
+    monkeypatch.setattr(common, "draw_shapes", helpers.few(common.draw_shapes))
 
 
 @pytest.fixture
@@ -47,3 +45,12 @@ def any_teacher_passes(monkeypatch):
     import common
 
     monkeypatch.setattr(common, "near_chance", lambda *a: False)
+
+
+@pytest.fixture
+def quick(cwd, few_shapes, any_teacher_passes):
+    """The arguments of a run of one epoch of two steps, with a teacher that is there."""
+    from helpers import QUICK, teacher_file
+
+    teacher_file()
+    return f"{QUICK} --epochs 1 --teacher-ckpt teacher.pth --out o"

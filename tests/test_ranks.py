@@ -1,238 +1,344 @@
-"""Several processes (gloo, on the CPU) against one: losses, gradients, stops and resumes."""
+"""Two ranks (gloo, on the CPU) against one: losses, gradients, stops and resumes.
 
-import json
-import multiprocessing
+A case is three steps of a script's own `main`. Networks have no BatchNorm, which sees a rank's own
+images, so that nothing but rounding may differ from one process.
+"""
+
+import argparse
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import ranks
 import torch
-from helpers import QUICK, ROOT, TIMES, lines, result, same, weights
+from helpers import (
+    QUICK,
+    few,
+    finish,
+    lines,
+    module,
+    pair,
+    progress,
+    result,
+    same,
+    teacher_file,
+    timeless,
+    weights,
+)
 
 import common
+import dcd
+import kd2m
+import nd
 import sp
 
-SCRIPT = f"{QUICK} --epochs 4 --batch-size 6".split()
+# 63 images in batches of 21: shares of 10 and 11.
+THREE_STEPS = "--dataset shapes --image-size 16 --train-size 63 --batch-size 21 --epochs 1"
+THREE_STEPS += " --teacher resnet8 --student resnet8 --lr 0.002 --device cpu"
+CASES = {
+    "ce": "nd --nd-weight 0 --kd-weight 0",
+    "kd++": "nd --kd-weight 1 --nd-weight 2 --norm-weight 1 --direction-weight 1",
+    "dkd++": "nd --base dkd",
+    "dist++": "nd --base dist",
+    "reviewkd++": "nd --base reviewkd",
+    "sp": "sp --kd-weight 1 --at-weight 1000 --sp-weight 100 --sp-maps all",
+    "cc": "sp --relation cc",
+    "intra": "sp --relation intra",
+    "dcd": "dcd --kd-weight 1",
+    "mse": "kd2m --metric mse --projector linear",
+    "jw2": "kd2m --metric jw2_empirical",
+    "cw2": "kd2m --metric cw2_gaussian",
+    "sliced_w2": "kd2m --metric sliced_w2",
+    "other initial weights": "sp --sp-weight 0",  # of rank 1, as on another kind of CPU
+}
+# Not to compare with one process, but everything that is trained has to stay alike.
+SYNCHRONOUS = {
+    "bf16": "sp --kd-weight 1 --precision bf16",
+    "local": "dcd --gather local",
+    "batchnorm and projector": "nd --student wrn_16_2",
+}
 
 
-def pair(program, argv, cwd):
-    """Two processes as torchrun would start them, forked: torch need not be imported again."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    started = []
-    for rank in (0, 1):
-        process = fork.Process(target=child, args=(rank, port, program, argv, cwd))
-        process.start()
-        started.append(process)
-    return started
+def without_batchnorm(net):
+    for parent in list(net.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, torch.nn.BatchNorm2d):
+                setattr(parent, name, torch.nn.Identity())
+    return net
 
 
-def child(rank, port, program, argv, cwd):
-    os.chdir(cwd)
-    values = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_PORT=port)
-    os.environ.update({k: str(v) for k, v in values.items()}, MASTER_ADDR="127.0.0.1")
-    for name, number in (("out", 1), ("err", 2)):
-        os.dup2(os.open(f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1) for number in (1, 2))
-    common._LOADED.clear()
-    common._EVALUATED.clear()
-    ranks.few_shapes()
-    try:
-        status = common.run_program(program, [str(a) for a in argv])
-    except BaseException:
-        import traceback
+def run_case(folder, name):
+    """-> what was trained, and the gradients of the last step."""
+    script, *flags = (CASES | SYNCHRONOUS)[name].split()
+    plain, trained = name in CASES, []
 
-        traceback.print_exc()
-        status = 3
-    os._exit(status)
+    def build_model(*args, **options):
+        net = build(*args, **options)
+        if name == "other initial weights" and common.rank() == 1:
+            net.conv1.weight.data += 1
+        return without_batchnorm(net) if plain else net
+
+    def spy(run, optimizer):
+        average(run, optimizer)
+        trained[:] = [p for group in optimizer.param_groups for p in group["params"]]
+
+    build, review, average = common.build_model, nd.ReviewKD, common.Run.average_gradients
+    checkpoint = folder / ("plain.pth" if plain else "teacher.pth")
+    argv = [*THREE_STEPS.split(), *flags, "--out", str(folder / name)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "build_model", build_model)
+        patch.setattr(common, "near_chance", lambda *_: False)
+        patch.setattr(common.Run, "average_gradients", spy)
+        if plain:
+            patch.setattr(nd, "ReviewKD", lambda *widths: without_batchnorm(review(*widths)))
+        module(script).main([*argv, "--teacher-ckpt", str(checkpoint)])
+    gradients = [p.grad for p in trained]
+    return {"weights": [p.detach() for p in trained], "gradients": gradients}
 
 
-def finish(started, cwd):
-    """-> exit statuses, what both wrote to stderr."""
-    for process in started:
-        process.join(180)
-        if process.is_alive():
-            process.kill()
-    errors = "".join((Path(cwd) / f"err{rank}").read_text() for rank in (0, 1))
-    return [process.exitcode for process in started], errors
+def of_metric(name):
+    def loss(s, t, y, z, tz, heads):
+        extra = [y] if name.startswith("cw2") else [z, tz] if name == "jw2_empirical" else []
+        options = {"seed": 0} if name == "sliced_w2" else {}
+        return kd2m.METRICS[name](s, t, *extra, **options)
+
+    return loss
+
+
+EXACT = {
+    "nd": lambda s, t, y, z, tz, heads: nd.nd_loss(s, t, t[:4], y),
+    "direction": lambda s, t, y, z, tz, heads: nd.direction_loss(s, t[:4], y),
+    "norm": lambda s, t, y, z, tz, heads: nd.norm_loss(s, 9 * t),
+    "kd": lambda s, t, y, z, tz, heads: nd.kd_loss(z, tz),
+    "dkd": lambda s, t, y, z, tz, heads: nd.dkd_loss(z, tz, y),
+    "dist": lambda s, t, y, z, tz, heads: nd.dist_loss(z, tz),
+    "sp": lambda s, t, y, z, tz, heads: sp.sp_loss(s, t),
+    "cc": lambda s, t, y, z, tz, heads: sp.cc_loss(s, t),
+    "dcd": lambda s, t, y, z, tz, heads: heads(s, t),
+    "mean_over_ranks": None,
+    **{name: of_metric(name) for name in kd2m.METRICS},
+}
+
+
+def exact(name):
+    """A loss of the whole batch in double precision, shares of 10 and 11: value and gradients."""
+    draw = torch.Generator().manual_seed(0)
+    student, teacher, logits = torch.randn(3, 21, 5, dtype=torch.float64, generator=draw)
+    labels = torch.randint(0, 4, (21,), generator=draw)
+    torch.manual_seed(0)
+    before, heads = torch.nn.Linear(5, 5).double(), dcd.DCDLoss(5, 5, 4).double()
+    run = object.__new__(common.Run)
+    run.args = argparse.Namespace(gather="global")
+    world, rank = common.world(), common.rank()
+    mine = slice(rank * 21 // world, (rank + 1) * 21 // world)
+    s, t = run.all_gather(before(student[mine]), teacher[mine])
+    z, y = run.all_gather(logits[mine] + before(student[mine]), labels[mine])
+    assert torch.equal(t, teacher) and torch.equal(y, labels)
+    if name == "mean_over_ranks":
+        mine = before(student[mine]) ** 4
+        loss = run.mean_over_ranks(mine.mean(), len(mine))
+    else:
+        loss = EXACT[name](s, t, y, z, logits, heads)
+    trained = [*before.parameters(), *heads.parameters()]
+    loss.backward()
+    run.average_gradients(torch.optim.SGD(trained, lr=0.1))
+    return {"loss": loss.detach(), "gradients": [p.grad for p in trained if p.grad is not None]}
+
+
+def everything(argv):
+    """What every rank computes, in a file for each."""
+    folder = Path(argv[0])
+    results = {name: run_case(folder, name) for name in (*CASES, *SYNCHRONOUS)}
+    results |= {f"exact {name}": exact(name) for name in EXACT}
+    torch.save(results, folder / f"rank{common.rank()}.pt")
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """What tests/ranks.py found: in one process, and in each of two."""
+def few_shapes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "draw_shapes", few(common.draw_shapes))
+        yield
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory, few_shapes):
+    """The folders and files of one process, and of each of two ranks."""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     for folder in (one, two):
-        ranks.write_teachers(folder)
-    started = pair(ranks.program, [two], two)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "draw_shapes", ranks.few(common.draw_shapes))
-        ranks.program([str(one)])
+        torch.manual_seed(1)
+        net = common.build_model("resnet8", 24)
+        torch.save(net.state_dict(), folder / "teacher.pth")
+        torch.save(without_batchnorm(net).state_dict(), folder / "plain.pth")
+    started = pair(everything, [two], two)
+    everything([str(one)])
     assert finish(started, two) == ([0, 0], "")
     files = one / "rank0.pt", two / "rank0.pt", two / "rank1.pt"
-    return [torch.load(path, weights_only=True) for path in files]
+    return one, two, [torch.load(path, weights_only=True) for path in files]
 
 
-@pytest.mark.parametrize("name", ranks.EXACT)
+@pytest.mark.parametrize("name", EXACT)
 def test_a_loss_of_two_ranks_is_the_loss_of_the_whole_batch(outcomes, name):
-    one, *both = (outcome[f"exact {name}"] for outcome in outcomes)
+    one, *both = (outcome[f"exact {name}"] for outcome in outcomes[2])
     assert any(g.abs().max() > 1e-4 for g in one["gradients"])
     for rank in both:
         torch.testing.assert_close(rank["loss"], one["loss"], rtol=0, atol=1e-12)
         torch.testing.assert_close(rank["gradients"], one["gradients"], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ranks.CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_three_steps_of_a_script_are_those_of_one_process(outcomes, name):
-    one, rank0, rank1 = (outcome[name] for outcome in outcomes)
+    folder_of_one, folder_of_two, files = outcomes
+    one, rank0, rank1 = (outcome[name] for outcome in files)
     torch.testing.assert_close(rank0["weights"], one["weights"], rtol=0, atol=1e-6)
     torch.testing.assert_close(rank0["weights"], rank1["weights"], rtol=0, atol=0)
     assert any((g != 0).any() for g in one["gradients"] if g is not None)
-    lines = [json.loads(outcome[name]["line"]) for outcome in outcomes[:2]]
-    timeless = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-    assert timeless[1] == pytest.approx(timeless[0], rel=1e-5)
+    [mine], [whole] = timeless(folder_of_two / name), timeless(folder_of_one / name)
+    assert mine == pytest.approx(whole, rel=1e-5)
+    assert result(folder_of_two / name)["world_size"] == 2
 
 
-@pytest.mark.parametrize("name", ranks.SYNCHRONOUS)
+@pytest.mark.parametrize("name", SYNCHRONOUS)
 def test_what_is_trained_stays_the_same_on_every_rank(outcomes, name):
-    one, rank0, rank1 = (outcome[name] for outcome in outcomes)
+    one, rank0, rank1 = (outcome[name] for outcome in outcomes[2])
     torch.testing.assert_close(rank0["weights"], rank1["weights"], rtol=0, atol=0)
     assert not torch.equal(rank0["weights"][0], one["weights"][0])  # another computation
 
 
 def test_local_relations_are_another_loss(outcomes):
-    whole, local = (json.loads(outcomes[1][name]["line"])["dcd"] for name in ("dcd", "local"))
-    assert local < whole - 0.3  # about log of half the batch: log 2 less
+    [whole], [local] = (lines(outcomes[1] / name) for name in ("dcd", "local"))
+    assert local["dcd"] < whole["dcd"] - 0.3  # about log of half the batch: log 2 less
+    assert local["train_top1"] == pytest.approx(100 * round(local["train_top1"] * 0.63) / 63, 1e-3)
 
 
-def test_the_line_of_an_epoch_is_of_all_shares(outcomes):
-    one, *both = (outcome["local meter"] for outcome in outcomes)
-    assert one == {"epoch": 1, "ce": 10.0, "train_top1": 33.333}  # the mean of 0 to 20, 7 of 21
-    assert both == [one, one]
+# --- runs as people start them -------------------------------------------------------------------
 
-
-def test_a_probe_is_the_same_in_every_process(outcomes):
-    one, *both = (outcome["probe"] for outcome in outcomes)
-    assert all(torch.equal(one, other) for other in both)
+FOUR_EPOCHS = f"{QUICK} --epochs 4 --batch-size 6 --device cpu --teacher-ckpt teacher.pth".split()
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A run of two processes that nothing disturbed, started as people do."""
+def alone(tmp_path_factory, few_shapes):
+    """A run of two ranks that nothing disturbed. Its student has dropout, each rank its own."""
     folder = tmp_path_factory.mktemp("alone")
-    script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport common, sp\n"
-    script += "draw, few = common.draw_shapes, {5000: 72, 1000: 24}  # as ranks.few\n"
-    script += "common.draw_shapes = lambda count, seed, size: draw(few[count], seed, size // 2)\n"
-    (folder / "script.py").write_text(script + "sys.exit(common.run_program(sp.program))\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["script.py", *SCRIPT, "--out", "a"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    teacher_file(folder / "teacher.pth")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "near_chance", lambda *_: False)
+        argv = [*FOUR_EPOCHS, "--student", "wrn_16_2"]
+        assert finish(pair(nd.main, [*argv, "--out", "a"], folder), folder)[0] == [0, 0]
+        yield folder, argv
 
 
 def test_files_and_lines_are_those_of_rank_0(alone):
-    folder, out = alone
+    folder, _ = alone
     assert result(folder / "a")["world_size"] == 2
-    assert out.count("epoch   1/4") == 2  # the teacher's too
-    assert out.count("| shapes, 48, 4 |") == 1
-    names = {".lock", "last.pt", "metrics.jsonl", "result.json", "student.pt"}
-    assert {p.name for p in (folder / "a").iterdir()} == names
-
-
-def wait_for_epochs(count, folder, started):
-    start = time.monotonic()
-    while time.monotonic() - start < 120 and all(p.is_alive() for p in started):
-        path = folder / "metrics.jsonl"
-        if path.exists() and len(path.read_text().splitlines()) >= count:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"no epoch {count} in {folder}")
+    assert (folder / "out0").read_text().count("epoch   1/4") == 1
+    assert (folder / "out1").read_text() == ""
+    assert {"last.pt", "metrics.jsonl", "result.json"} < {p.name for p in (folder / "a").iterdir()}
+    assert not list((folder / "a").glob("old*"))
 
 
 def test_one_rank_stops_and_all_resume_exactly(alone, monkeypatch):
-    folder, _ = alone
-    add = common.Meter.add
+    folder, argv = alone
+    argv, log = [*argv, "--out", "stopped"], common.Run.log
 
-    def slowly(*a):  # so that the signal comes before the end
+    def slowly(*args):  # so that the signal comes before the end
         time.sleep(0.05)
-        add(*a)
+        log(*args)
 
-    argv = [*SCRIPT, "--out", "stopped"]
     for number, rank, epochs in ((signal.SIGKILL, 1, 1), (signal.SIGTERM, 0, 2)):
         with monkeypatch.context() as patch:
-            patch.setattr(common.Meter, "add", slowly)
-            started = pair(sp.program, argv, folder)
-        wait_for_epochs(epochs, folder / "stopped", started)
+            patch.setattr(common.Run, "log", slowly)
+            started = pair(nd.main, argv, folder)
+        path, start = folder / "stopped/metrics.jsonl", time.monotonic()
+        while not (path.exists() and len(lines(path.parent)) >= epochs):
+            assert time.monotonic() - start < 120 and all(p.is_alive() for p in started)
+            time.sleep(0.01)
         os.kill(started[rank].pid, number)
         statuses, errors = finish(started, folder)
         assert statuses == ([1, -9] if number == signal.SIGKILL else [143, 143])
-        assert "Traceback" not in errors
-        assert errors.count("stopped by signal 15") == (number == signal.SIGTERM)
+        assert "Traceback" not in errors and errors.count("--resume continues") == 1
         assert not (folder / "stopped" / "result.json").exists()
-        argv = [*SCRIPT, "--out", "stopped", "--resume"]
-    statuses, errors = finish(pair(sp.program, argv, folder), folder)
+        assert progress(folder / "stopped") < (4, 0)
+        argv = [*argv, "--resume"] if "--resume" not in argv else argv
+    statuses, errors = finish(pair(nd.main, argv, folder), folder)
     assert statuses == [0, 0], errors
     assert same(weights(folder / "a" / "student.pt"), weights(folder / "stopped" / "student.pt"))
-    whole, again = (
-        [{k: v for k, v in line.items() if k not in TIMES} for line in lines(folder / name)]
-        for name in ("a", "stopped")
-    )
-    assert whole == again
+    assert timeless(folder / "a") == timeless(folder / "stopped")
 
 
-def test_another_number_of_processes_may_not_resume(alone, capsys, monkeypatch):
-    folder, _ = alone
+def test_another_number_of_ranks_may_not_resume(alone, capsys, monkeypatch):
+    folder, argv = alone
     monkeypatch.chdir(folder)
-    (folder / "a" / "result.json").rename(folder / "a" / "result.aside")
-    try:
-        status = common.run_program(sp.program, [*SCRIPT, "--out", "a", "--resume"])
-    finally:
-        (folder / "a" / "result.aside").rename(folder / "a" / "result.json")
-    assert status == 2
-    assert "was started with 2 processes, here are 1" in capsys.readouterr().err
+    assert common.run_program(nd.main, [*argv, "--out", "a", "--resume"]) == 2
+    assert "ranks" in capsys.readouterr().err
 
 
-def test_more_processes_than_gpus(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "script, wrong, words",
+    [
+        ("sp", "--batch-size 3", "--batch-size"),
+        ("sp", "--epochs 0", "--epochs"),
+        ("sp", "--teacher-ckpt absent.pth", "absent.pth"),
+        ("dcd", "--transfer shapes --student-ckpt teacher.pth", "--transfer.*torchrun|torchrun"),
+    ],
+)
+def test_bad_input_is_one_line_whatever_the_number_of_ranks(alone, script, wrong, words):
+    folder, _ = alone
+    argv = [*FOUR_EPOCHS, *wrong.split(), "--out", "bad"]
+    statuses, errors = finish(pair(module(script).main, argv, folder), folder)
+    assert 2 in statuses and 0 not in statuses
+    assert errors.count("error:") == 1 and "Traceback" not in errors
+    assert any(word in errors for word in words.split("|"))
+    assert not (folder / "bad" / "last.pt").exists()
+
+
+def test_ranks_with_other_data_or_teachers_are_refused(alone, monkeypatch):
+    folder, _ = alone
+    draw = common.draw_shapes
+    argv = [*FOUR_EPOCHS, "--out", "bad"]
+
+    def other(count, seed, size):
+        return draw(count, seed + common.rank(), size)
+
+    def spoiled(net, path, *more):
+        load(net, path, *more)
+        net.conv1.weight.data += common.rank()
+
+    load = common.load_weights
+    for name, replacement in (("draw_shapes", other), ("load_weights", spoiled)):
+        with monkeypatch.context() as patch:
+            patch.setattr(common, name, replacement)
+            statuses, errors = finish(pair(sp.main, argv, folder), folder)
+        assert 2 in statuses and 0 not in statuses
+        assert errors.count("error:") == 1 and "ranks" in errors and "Traceback" not in errors
+        assert not (folder / "bad" / "last.pt").exists()
+
+
+def test_more_ranks_than_gpus(monkeypatch, capsys):
     for name, value in (("WORLD_SIZE", 4), ("LOCAL_WORLD_SIZE", 4), ("LOCAL_RANK", 3)):
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert common.run_program(sp.program, ["--help"]) == 2
-    assert "4 processes for 2 GPUs; --nproc_per_node=2" in capsys.readouterr().err
-    monkeypatch.setattr(common, "world", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    properties = type("", (), {"uuid": "abc"})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(common, "gather_objects", lambda mine: [mine, mine.replace("abc", "abd")])
-    common._check_gpus()
-    monkeypatch.setattr(common, "gather_objects", lambda mine: [mine, mine])
-    with pytest.raises(common.UserError, match="two processes on one GPU"):
-        common._check_gpus()
-
-
-def test_processes_on_the_cpu_need_no_gpu(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: pytest.fail("it looked for GPUs"))
     started = []
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **_: started.extend(a))
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
-    for argv in (["--device", "cpu"], ["--epochs", "1", "--device=cpu"]):
-        with common._processes(argv):
-            pass
+    assert common.run_program(sp.main, ["--epochs", "1"]) == 2
+    assert "--nproc_per_node=2" in capsys.readouterr().err and "nccl" in started.pop()
+    common.run_program(lambda _: None, ["--device", "cpu"])  # on the CPU, no GPU is needed
+    common.run_program(lambda _: None, ["--device=cpu"])
     assert started == ["gloo", "gloo"]
 
 
-@pytest.mark.parametrize("wrong", ["--batch-size 3", "--epochs 0", "--teacher-ckpt absent.pth"])
-def test_bad_input_is_one_line_whatever_the_number_of_processes(tmp_path, wrong):
-    statuses, errors = finish(pair(sp.program, [*SCRIPT, *wrong.split()], tmp_path), tmp_path)
-    assert 2 in statuses and 0 not in statuses
-    assert errors.count("error:") == 1 and "Traceback" not in errors
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.distributed.DistBackendError("NCCL communicator was aborted on rank 0."),
+        RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]"),
+    ],
+)
+def test_a_lost_rank_is_one_line_and_status_1(error, capsys):
+    def program(_argv):
+        raise error
+
+    assert common.run_program(program, []) == 1
+    errors = capsys.readouterr().err
+    assert "another rank" in errors and "--resume" in errors and "Traceback" not in errors

@@ -1,0 +1,110 @@
+"""A Markdown table of the results of many runs: python results/table.py results/*/*.json
+
+One row per method and setting, over its seeds: mean ± sample standard deviation of the test score
+after the last epoch (top-1 accuracy or COCO AP, %), minimum and maximum. The last column lists the
+methods of the same data, pair and recipe whose mean lies within the larger of the two standard
+deviations. Runs of a method with different flags are rows of their own, named with those flags.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+SCORES = {"top1": "top-1 %", "ap": "AP %"}
+RECIPE = ("batch_size", "lr", "momentum", "nesterov", "weight_decay", "precision")
+FIELDS = dict(method=str, dataset=str, student=str, train_images=int, epochs=int, seed=int)
+FIELDS |= dict.fromkeys(("teacher", "teacher_hash", "data_hash", "student_hash"), str | None)
+FIELDS |= dict(args=dict, world_size=int | None)
+
+# Arguments that do not change what a run computes; files are compared by the hash of their content.
+NOT_SETTINGS = set(
+    "seed seeds script method compare eval resume out device workers plot save_minutes tensorboard"
+    " per_class predict train_teacher teacher_ckpt student_ckpt pretrained_teacher data_dir".split()
+)
+
+
+def read(path: str) -> dict:
+    """The result in a file; a ValueError if it lacks what the table needs."""
+    try:
+        run = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from None
+    for key, kind in FIELDS.items():
+        if not isinstance(run, dict) or not isinstance(run.get(key), kind):
+            raise ValueError(f"{path}: not the result of a run ({key!r} is missing or wrong)")
+    scores = [run.get(f"student_{kind}") for kind in SCORES]
+    known = [s for s in (*scores, run.get("teacher_top1"), run.get("teacher_ap")) if s is not None]
+    numbers = all(isinstance(s, (int, float)) and 0 <= s <= 100 for s in known)
+    if scores.count(None) != 1 or not numbers:
+        raise ValueError(f"{path}: needs student_top1 or student_ap, and scores from 0 to 100")
+    return run
+
+
+def settings(run: dict) -> dict:
+    """The arguments that the runs of a row share. None means that a flag was not used."""
+    ranks = run.get("world_size") or 1
+    without = NOT_SETTINGS | ({"gather"} if ranks == 1 else set())  # no effect on one rank
+    used = {key: value for key, value in run["args"].items() if value is not None}
+    return {"ranks": ranks, **{key: used[key] for key in used if key not in without}}
+
+
+def setup(run: dict) -> tuple:
+    """What runs must share to be compared: three cells of the table, then what it hides."""
+    recipe = [run["args"].get(key) for key in RECIPE]
+    split = " (validation)" if run["args"].get("val_size") else ""
+    data = f"{run['dataset']}{split}, {run['train_images']:,}, {run['epochs']}"
+    teacher, score = run.get("teacher") or "none", run.get("teacher_top1", run.get("teacher_ap"))
+    teacher += "" if score is None else f" ({score:.2f})"
+    cells = f"{data}, {recipe[0]}, {recipe[1]} | {teacher} | {run['student']}"
+    return cells, str(recipe), run.get("data_hash"), run.get("teacher_hash")
+
+
+def table(results: list[dict]) -> str:
+    """The rows in the order of `results`, all of which have the same kind of score."""
+    kind = "top1" if results[0].get("student_top1") is not None else "ap"
+    groups: dict[tuple, dict] = {}
+    for run in results:
+        key = setup(run), run["method"], json.dumps(settings(run), sort_keys=True)
+        groups.setdefault(key, {})[run["seed"], run.get("student_hash")] = run[f"student_{kind}"]
+
+    rows = []
+    for (its_setup, method, its_settings), scores in groups.items():
+        alike = [json.loads(key[2]) for key in groups if key[:2] == (its_setup, method)]
+        name, values = method, list(scores.values())
+        for flag, value in json.loads(its_settings).items():
+            if any(other.get(flag) != value for other in alike):
+                name += f" --{flag.replace('_', '-')} {value}"
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        rows.append((its_setup, name, values, statistics.mean(values), spread))
+
+    head = "| data, images, epochs, batch, lr | teacher | student | method | n | "
+    lines = [f"{head}{SCORES[kind]} | min, max | not distinguishable from |", "|---" * 8 + "|"]
+    for its_setup, name, values, mean, spread in rows:
+        score, near = f"{mean:.2f}", ["one run"]
+        if spread is not None:
+            score += f" ± {spread:.2f}"
+            others = [r for r in rows if r[0] == its_setup and r[1] != name and r[4] is not None]
+            near = [r[1] for r in others if abs(mean - r[3]) <= max(spread, r[4])] or ["-"]
+        cells = [its_setup[0], name, str(len(values)), score]
+        cells += [f"{min(values):.2f}, {max(values):.2f}", ", ".join(near)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(paths: list[str]) -> int:
+    try:
+        if not paths:
+            raise ValueError("no files given, try: python results/table.py results/*/*.json")
+        results = [read(path) for path in paths]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for kind in SCORES:
+        if chosen := [run for run in results if run.get(f"student_{kind}") is not None]:
+            print(table(chosen) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,224 @@
+"""Files of weights: the layouts that load, and what is refused in one line without running code."""
+
+import argparse
+import io
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import QUICK, Bomb, run, same, shapes
+
+import common
+import nd
+from common import UserError, build_model, load_weights
+
+
+def in_a_file(value, path="a.pth"):
+    torch.save(value, path)
+    return path
+
+
+@pytest.mark.parametrize("wrap", [None, "model", "state_dict", "student"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_load_weights_takes_the_usual_layouts(cwd, wrap, prefix):
+    net, other = build_model("resnet8", 10), build_model("resnet8", 10)
+    state = {prefix + k: v for k, v in net.state_dict().items() if "num_batches" not in k}
+    load_weights(other, in_a_file({wrap: state, "epoch": 240, "accuracy": 0.7} if wrap else state))
+    assert same(net.state_dict(), other.state_dict())
+
+
+def test_repdistillers_own_last_pth(cwd):
+    """It holds the command line of its training beside the weights: an argparse.Namespace."""
+    net, other = build_model("resnet8", 10), build_model("resnet8", 10)
+    options = argparse.Namespace(model="resnet8", lr=0.05, lr_decay_epochs=[150, 180, 210])
+    content = {"opt": options, "model": net.state_dict(), "optimizer": {"state": {}}}
+    load_weights(other, in_a_file(content, "resnet8_last.pth"))
+    assert same(net.state_dict(), other.state_dict())
+    in_a_file({"opt": argparse.Namespace(x=Bomb()), "model": net.state_dict()}, "bad.pth")
+    with pytest.raises(UserError, match="bad.pth"):
+        load_weights(other, "bad.pth")
+    assert not Path("exploded").exists()
+
+
+def test_load_model_finds_the_number_of_classes(cwd):
+    for name in ("resnet8", "MobileNetV2", "regnet_x_400mf"):
+        net = build_model(name, 7)
+        in_a_file({"model": net.state_dict()})
+        before = torch.get_rng_state()
+        loaded = common.load_model(name, "a.pth")
+        assert same(loaded.state_dict(), net.state_dict())
+        assert loaded.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    torch.set_rng_state(before)
+    with pytest.raises(UserError, match="a.pth.*architecture"):
+        common.load_model("wrn_16_1", "a.pth")
+
+
+GOOD = io.BytesIO()
+torch.manual_seed(0)
+torch.save(build_model("resnet8", 10).state_dict(), GOOD)
+GOOD = GOOD.getvalue()
+
+
+def refuse(content, words, path="bad.pth"):
+    """The file is refused by one line that names it."""
+    Path(path).write_bytes(content)
+    with pytest.raises(UserError, match=words) as error:
+        load_weights(build_model("resnet8", 10), path)
+    assert path in str(error.value) and "\n" not in str(error.value)
+
+
+def saved(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def test_bad_checkpoints_are_refused(cwd):
+    state = build_model("resnet8", 10).state_dict()
+    for content, words in (
+        (b"", "damaged"),
+        (b"hello, I am text", "damaged"),
+        (saved([1, 2, 3]), "no state dict"),
+        (saved({"epoch": 3}), "no state dict"),
+        (saved(build_model("resnet8", 100).state_dict()), "number of classes.*fc.weight"),
+        (saved(build_model("resnet14", 10).state_dict()), "another architecture"),
+        (saved(build_model("wrn_16_1", 10).state_dict()), "another architecture"),
+        (saved({"model": {"fc.weight": torch.zeros(10, 64)}}), "another architecture"),
+        (saved(state | {"more": torch.zeros(1)}), "another architecture"),
+        (saved(state | {"fc.bias": "weights"}), "fc.bias"),
+        (saved(state | {"fc.bias": torch.zeros(10).to_sparse()}), "plain numbers"),
+        (saved(state | {"fc.bias": torch.full((10,), torch.inf)}), "infinite or nan"),
+    ):
+        refuse(content, words)
+    with pytest.raises(UserError, match="no such file"):
+        load_weights(build_model("resnet8", 10), "absent.pth")
+    with pytest.raises(UserError, match="not a file"):
+        load_weights(build_model("resnet8", 10), cwd)
+
+
+def test_torn_files_and_flipped_bits_are_noticed(cwd):
+    for cut in range(1, len(GOOD) - 1, len(GOOD) // 25):
+        refuse(GOOD[:cut], "damaged|no state dict")
+    flipped = bytearray(GOOD)
+    flipped[len(GOOD) // 2] ^= 1
+    refuse(bytes(flipped), "damaged")
+
+
+def test_code_in_a_checkpoint_is_never_run(cwd):
+    state = build_model("resnet8", 10).state_dict()
+    for value in ({"model": state | {"x": Bomb()}}, {"model": state, "extra": Bomb()}, Bomb()):
+        refuse(saved(value), "state dict alone")
+        refuse(pickle.dumps(value), "state dict alone|damaged")
+    assert not Path("exploded").exists()
+
+
+def test_state_hash_sees_every_tensor():
+    net = build_model("resnet8", 10)
+    hashes = {common.state_hash(net), common.state_hash(net)}
+    net.bn1.running_mean[0] += 1e-6
+    hashes.add(common.state_hash(net))
+    net.bn1.num_batches_tracked += 1
+    hashes.add(common.state_hash(net))
+    assert len(hashes) == 3
+
+
+def test_files_are_replaced_whole(cwd, monkeypatch):
+    class Stubborn:
+        def __reduce__(self):
+            raise RuntimeError("cannot be pickled")
+
+    path = cwd / "new" / "f.pt"
+    common.save_whole(path, {"a": 1})
+    with pytest.raises(RuntimeError):
+        common.save_whole(path, {"a": 2, "b": Stubborn()})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError):
+        common.write_whole(path, b"other")
+    assert common.read_checkpoint(path) == {"a": 1} and list(path.parent.iterdir()) == [path]
+
+
+def test_what_is_cached_belongs_to_what_made_it(cwd, capsys):
+    calls = []
+
+    def value(**made_by):
+        def compute():
+            calls.append(made_by)
+            return torch.full((2,), float(len(calls)))
+
+        return common.cached(cwd / "c.pt", made_by, compute).tolist()
+
+    assert value(teacher="a") == [1, 1] == value(teacher="a")
+    assert value(teacher="b") == [2, 2] == value(teacher="b")
+    assert value(teacher="b", data="c") == [3, 3]
+    for damage in (b"torn", b"", (cwd / "c.pt").read_bytes()[:-20]):
+        (cwd / "c.pt").write_bytes(damage)
+        again = value(teacher="b", data="c")
+        assert again == [len(calls)] * 2 and value(teacher="b", data="c") == again
+    assert len(calls) == 6
+    torch.save(Bomb(), cwd / "c.pt")
+    assert value(teacher="b") == [7, 7] and not Path("exploded").exists()
+
+
+def test_teacher_checkpoint_trains_once_and_checks_the_recipe(cwd, few_shapes):
+    """What detection uses too: the recorded recipe decides, and a foreign file is refused."""
+    data, trained = shapes(train_size=48), []
+    args = nd.parse_args(f"{QUICK} --epochs 1".split())
+    vars(args).update(student="resnet8", out="runs/teacher", resume=False, regions=16)
+
+    def train(args):
+        trained.append(args.epochs)
+        common.save_whole(Path(args.out) / "student.pt", build_model("resnet8", 24).state_dict())
+        return {"student_top1": 12.5}
+
+    path = Path("checkpoints/t.pt")
+    for _ in range(2):
+        common.teacher_checkpoint(path, args, data, train, ("regions",))
+    assert trained == [1]
+    content = common.read_checkpoint(path)
+    assert content["score"] == 12.5 and content["recipe"]["regions"] == 16
+    load_weights(build_model("resnet8", 24), path)
+    for change in ({"epochs": 2}, {"regions": 32}, {"weight_decay": 0.0}, {"seed": 1}):
+        other = argparse.Namespace(**vars(args) | change)
+        with pytest.raises(UserError, match=f"t.pt.*{next(iter(change))}.*--teacher-ckpt"):
+            common.teacher_checkpoint(path, other, data, train, ("regions",))
+    with pytest.raises(UserError, match="data"):
+        common.teacher_checkpoint(path, args, shapes(train_size=60), train, ("regions",))
+    torch.save(build_model("resnet8", 24).state_dict(), path)  # somebody's own file
+    with pytest.raises(UserError, match="t.pt was trained with different settings"):
+        common.teacher_checkpoint(path, args, data, train, ("regions",))
+    assert trained == [1]
+
+
+def test_near_chance():
+    """Below twice chance; with two or three classes that is out of reach, so 1.2 times."""
+    for classes, least in ((100, 2), (10, 20), (4, 50), (3, 40), (2, 60)):
+        assert common.near_chance(least - 0.1, classes)
+        assert not common.near_chance(least + 0.1, classes)
+
+
+def test_a_pretrained_teacher_is_torchvisions(quick, monkeypatch, capsys):
+    """Published weights for 1,000 classes; nothing is written to checkpoints/."""
+    asked, get_model = [], common.torchvision.models.get_model
+
+    def without_download(name, weights=None, **options):
+        asked.append(str(weights)) if weights else None
+        torch.manual_seed(5)
+        return get_model(name, weights=None, **options)
+
+    data = shapes()
+    data.num_classes, data.classes = 1000, [str(k) for k in range(1000)]
+    monkeypatch.setattr(common.torchvision.models, "get_model", without_download)
+    monkeypatch.setattr(common, "load_data", lambda _: data)
+    command = quick.replace("--teacher-ckpt teacher.pth", "--pretrained-teacher")
+    assert run("sp", command, *"--teacher mobilenet_v3_small --relation cc".split()) == 0
+    assert set(asked) == {"MobileNet_V3_Small_Weights.IMAGENET1K_V1"}
+    torch.manual_seed(5)
+    wanted = common.state_hash(common.torchvision.models.mobilenet_v3_small())
+    assert common.read_checkpoint("o/last.pt")["state"]["teacher"] == wanted
+    assert not Path("checkpoints").exists()
