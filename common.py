@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import difflib
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -27,6 +28,7 @@ import sys
 import time
 import warnings
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from stat import S_ISREG
@@ -1371,7 +1373,7 @@ def cached(path: Path, made_by: dict, compute, together: bool = True):
 # or they name files whose content is compared.
 FREE = {"resume", "out", "device", "workers", "compare", "seeds", "eval", "script", "method"}
 FREE |= {"plot", "save_minutes", "tensorboard", "per_class", "predict", "train_teacher"}
-FREE |= {"teacher_ckpt", "student_ckpt", "pretrained_teacher", "data_dir"}
+FREE |= {"teacher_ckpt", "student_ckpt", "pretrained_teacher", "teacher_cache", "data_dir"}
 RUN_FILES = ("last.pt", "metrics.jsonl", "result.json", "student.pt", "tensorboard")
 
 
@@ -1392,6 +1394,131 @@ def read_last(path: Path) -> dict:
     if not isinstance(saved, dict) or any(type(saved.get(k)) is not t for k, t in parts.items()):
         raise UserError(f"{path}: not a run's last.pt; move its folder away to start again")
     return saved
+
+
+class TeacherCache:
+    """The teacher's logits and embeddings for every batch, on disk: computed once, then read.
+
+    Methods, weights and scripts that are compared under one seed see the same batches, so that a
+    frozen teacher answers the same each time. One file an epoch and rank holds the answers,
+    float32, in the order of the batches; it is whole or absent, and its name ends in its checksum.
+    The folder's name is a hash of everything that decides an answer, so that the cache of another
+    teacher, data set, seed or kind of machine is never read.
+    """
+
+    def __init__(self, args, data, teacher, epochs: int):
+        self.args, self.device, self.noted = args, data.device, False
+        self.widths = [data.num_classes, teacher.embed_dim]
+        key = dict(format=1, teacher=teacher.hash, data=[data.name, data.fingerprint])
+        key |= dict(size=data.image_size, seed=args.seed, batch_size=args.batch_size)
+        key |= dict(precision=args.precision, world=world(), torch=torch.__version__)
+        key |= dict(device=device_name(data.device))  # bits differ between kinds of processor
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = Path(args.teacher_cache) / name
+        self.epoch, self.content, self.filling = None, None, None
+        full, rest = divmod(data.train_images, args.batch_size)
+        self.batch_rows = len(range(args.batch_size)[share(args.batch_size)])
+        used = data.steps(args.batch_size) > full  # the last, smaller batch
+        self.shape = full * self.batch_rows + used * len(range(rest)[share(rest)]), sum(self.widths)
+        self._make_room(epochs)
+
+    def _make_room(self, epochs):
+        """Raises: UserError if the folder cannot be written, or the disk has not the room."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+            for path in self.folder.glob("*.tmp"):  # of a run that was killed
+                if time.time() - path.stat().st_mtime > 3600:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"--teacher-cache {self.folder}: {error.strerror}") from None
+        if not os.access(self.folder, os.W_OK):
+            raise UserError(f"--teacher-cache {self.folder}: cannot be written")
+        missing = sum(self._find(epoch) is None for epoch in range(epochs))
+        size = 4 * self.shape[0] * self.shape[1]
+        print(
+            f"teacher cache: {self.folder}, {epochs * size / 1e9:.2f} GB a rank for {epochs} epochs"
+            f", {missing} of them still to be computed",
+            flush=True,
+        )
+        if missing * size > free:
+            raise UserError(
+                f"--teacher-cache {self.folder}: needs {missing * size / 1e9:.2f} GB, the disk has"
+                f" {free / 1e9:.2f} GB free; choose another folder or fewer --epochs"
+            )
+
+    def _find(self, epoch):
+        return next(self.folder.glob(f"epoch{epoch}-rank{rank()}-*.npy"), None)
+
+    def _open(self, epoch, from_start):
+        """Find the answers of this epoch, or begin a file for them."""
+        self.epoch, self.content, self.filling = epoch, None, None
+        path = self._find(epoch)
+        if path:
+            try:
+                content = np.load(path, mmap_mode="r")
+                if content.shape == self.shape and _checksum(content) == path.stem[-8:]:
+                    self.content = content
+                    return
+            except (OSError, ValueError):
+                pass
+            print(f"note: {path} is damaged and is computed again", file=sys.stderr)
+            path.unlink(missing_ok=True)
+        if from_start:  # a resumed epoch lacks its beginning: a later run fills that in
+            path = self.folder / f"epoch{epoch}-rank{rank()}.{os.getpid()}.tmp"
+            try:
+                self.filling = np.lib.format.open_memmap(path, "w+", np.float32, self.shape)
+                with open(path, "r+b") as file:  # a memory map must not meet a full disk
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+            except OSError as error:
+                print(f"note: {path}: {error.strerror}; this epoch is not cached", file=sys.stderr)
+                self.filling = path.unlink(missing_ok=True)
+            except AttributeError:  # a system without posix_fallocate
+                pass
+
+    def ask(self, teacher, images, epoch: int, number: int):
+        """The answer to batch `number` of an epoch."""
+        if epoch != self.epoch:
+            self._open(epoch, from_start=number == 0)
+        rows = slice(number * self.batch_rows, number * self.batch_rows + len(images))
+        if self.content is not None:
+            answer = torch.from_numpy(np.array(self.content[rows])).to(self.device)
+            logits, embedding = answer.split(self.widths, 1)
+            return logits, _CachedFeatures(embedding, self, teacher, images)
+        logits, features = teacher(images, return_features=True)
+        if self.filling is not None:
+            answer = torch.cat([logits.float(), features.embedding.float()], 1)
+            self.filling[rows] = answer.cpu().numpy()
+            if rows.stop == len(self.filling):
+                self.filling.flush()
+                path = Path(self.filling.filename)
+                whole = path.with_name(f"{path.name.split('.')[0]}-{_checksum(self.filling)}.npy")
+                os.replace(path, whole)
+                self.filling = None
+        return logits, features
+
+
+class _CachedFeatures:
+    """An embedding from the cache; the teacher runs if feature maps are read too."""
+
+    def __init__(self, embedding, cache, teacher, images):
+        self.embedding, self._run = embedding, (cache, teacher, images)
+
+    @functools.cached_property
+    def _features(self):
+        cache, teacher, images = self._run
+        if not cache.noted:
+            print("note: --teacher-cache holds no feature maps: the teacher runs for them")
+            cache.noted = True
+        with torch.no_grad(), autocast(cache.args):
+            return teacher(images, return_features=True)[1]
+
+    maps = property(lambda self: self._features.maps)
+    preact = property(lambda self: self._features.preact)
+
+
+def _checksum(array) -> str:
+    return f"{zlib.crc32(array):08x}"
 
 
 class Run:
@@ -1416,7 +1543,7 @@ class Run:
         self.steps = data.steps(args.batch_size)  # in a whole epoch
         self.total_steps = getattr(args, "iterations", None) or args.epochs * self.steps
         self.num_epochs = math.ceil(self.total_steps / self.steps)  # --iterations: the last is cut
-        self.step = self.done_in_epoch = 0
+        self.step, self.done_in_epoch, self.cache = 0, 0, None
         self.last_save, self.saved, self.saved_meter = time.monotonic(), None, None
         wait_for_all()  # nobody reads what an earlier run is still writing
         if args.resume and self.last.exists():
@@ -1479,6 +1606,8 @@ class Run:
                     broadcast([*module.parameters(), *module.buffers()])
             self._save()
         self._show_on_board(self.history)  # again, so that no epoch is missing there
+        if teacher is not None and getattr(args, "teacher_cache", None):
+            self.cache = TeacherCache(args, self.data, teacher, self.num_epochs)
         if getattr(args, "compile", False):
             torch.compiler.reset()  # a resumed run must not inherit the kernels of an earlier one
             for network in (objects["student"], teacher):
@@ -1577,8 +1706,14 @@ class Run:
 
     @torch.no_grad()
     def ask(self, teacher: nn.Module, images: Tensor) -> tuple[Tensor, Features]:
-        """The teacher's logits and features for this batch, without gradient."""
-        return teacher(images, return_features=True)
+        """The teacher's logits and features for this batch, without gradient.
+
+        They come from --teacher-cache if it has them. It holds no feature maps: the teacher runs
+        for those only when they are read.
+        """
+        if self.cache is None:
+            return teacher(images, return_features=True)
+        return self.cache.ask(teacher, images, self.epoch, self.step % self.steps)
 
     def all_gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The same tensors for the whole batch, from all ranks, in float32 or better [B,...]."""
@@ -1874,23 +2009,19 @@ def load_teacher(teacher: nn.Module, args, data: Data, distill) -> nn.Module:
     Raises: UserError if weights do not fit, are near chance, or were trained with other settings.
     """
     path = Path(args.teacher_ckpt or f"checkpoints/{args.dataset}_{args.teacher}.pt")
-    if args.pretrained_teacher:
-        path = "torchvision"
-        if data.num_classes != 1000:
-            raise UserError(
-                "--pretrained-teacher: torchvision's weights are for ImageNet's 1,000 classes, here"
-                f" are {data.num_classes}; --pretrained trains a teacher that starts from them"
-            )
-        teacher = build_for(data, args.teacher, pretrained=True)
-    else:
-        if not args.teacher_ckpt:
-            teacher_checkpoint(path, _teacher_args(args), data, distill)
+    if args.pretrained_teacher and args.dataset == "imagenet":
+        path, teacher = "torchvision", build_for(data, args.teacher, pretrained=True)
+    elif args.pretrained_teacher:
+        path = _published(f"{args.dataset}_{args.teacher}")
+    elif not args.teacher_ckpt:
+        teacher_checkpoint(path, _teacher_args(args), data, distill)
+    if path != "torchvision":
         load_weights(teacher, path)
     teacher = teacher.to(data.device, memory_format=torch.channels_last).requires_grad_(False)
     teacher.hash = state_hash(teacher)
     key = (teacher.hash, data.fingerprint, args.precision)
     if key not in _EVALUATED:
-        _EVALUATED[key] = evaluate(teacher, data, args)
+        _EVALUATED[key] = _teacher_top1(teacher, data, args)
         print(f"teacher {args.teacher} from {path}: test {_EVALUATED[key]:.2f} %", flush=True)
         if near_chance(_EVALUATED[key], data.num_classes):
             problem = f"{path}: {_EVALUATED[key]:.2f} % on the test images is near chance"
@@ -1899,6 +2030,46 @@ def load_teacher(teacher: nn.Module, args, data: Data, distill) -> nn.Module:
             print(f"warning: {problem}: train it longer (--teacher-epochs)", file=sys.stderr)
     teacher.top1 = _EVALUATED[key]
     return teacher.eval()
+
+
+def _teacher_top1(teacher, data, args):
+    """Its accuracy, from --teacher-cache if it is there."""
+    if not args.teacher_cache:
+        return evaluate(teacher, data, args)
+    made_by = dict(teacher=teacher.hash, data=data.fingerprint, precision=args.precision)
+    made_by["device"] = device_name(data.device)
+    path = Path(args.teacher_cache) / f"top1-{teacher.hash}-{data.fingerprint}.pt"
+    return cached(path, made_by, lambda: evaluate(teacher, data, args))
+
+
+# Published weights of CIFAR teachers (BSD-3): the release's address, and the files' hashes.
+PUBLISHED = "https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet"
+PUBLISHED_HASHES = {
+    "cifar100_resnet20": "23dac2f1",
+    "cifar100_resnet32": "84213ce6",
+    "cifar100_resnet44": "ffe32858",
+    "cifar100_resnet56": "f2eff4c8",
+    "cifar10_resnet20": "4118986f",
+    "cifar10_resnet32": "ef93fc4d",
+    "cifar10_resnet44": "2a3cabcb",
+    "cifar10_resnet56": "187c023a",
+}
+
+
+def _published(name: str) -> Path:
+    """The file of published weights in PyTorch's hub cache, downloaded if it is not there."""
+    if name not in PUBLISHED_HASHES:
+        known = ", ".join(PUBLISHED_HASHES)
+        raise UserError(f"--pretrained-teacher: not {name}; imagenet, or one of {known}")
+    file, folder = f"{name}-{PUBLISHED_HASHES[name]}.pt", Path(torch.hub.get_dir(), "checkpoints")
+    url = f"{PUBLISHED}/{file}"
+    try:
+        with one_rank_first():
+            options = dict(map_location="cpu", progress=False, weights_only=True)
+            torch.hub.load_state_dict_from_url(url, check_hash=True, **options)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"cannot download {url} ({error}); put that file into {folder}") from None
+    return folder / file
 
 
 def near_chance(top1: float, num_classes: int) -> bool:
@@ -2075,8 +2246,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         " to choose weights without the test set (default: off)")
     add("--teacher-ckpt", type=file_path, metavar="FILE", help="the teacher's weights, such as"
         " RepDistiller's (default: checkpoints/<dataset>_<teacher>.pt, trained first)")
-    add("--pretrained-teacher", action="store_true",
-        help="published weights for the teacher: torchvision's, for imagenet")
+    add("--pretrained-teacher", action="store_true", help="published weights for the teacher:"
+        " torchvision's for imagenet; resnet20, 32, 44 and 56 for cifar100 and cifar10")
+    add("--teacher-cache", type=file_path, metavar="DIR", help="write the teacher's logits and"
+        " embeddings of every batch once, and read them in later runs (default: off)")
     add = parser.add_argument_group("run").add_argument
     add_file_arguments(add)
     add("--compile", action="store_true", help="torch.compile both networks: slow start, for GPUs")

@@ -255,8 +255,7 @@ def distill(args: argparse.Namespace) -> dict:
         s_channels = [c for c, _, _ in student.stage_shapes] + [student.embed_dim]
         t_channels = [c for c, _, _ in teacher.stage_shapes] + [teacher.embed_dim]
         if not len(s_channels) == len(t_channels) > 1:
-            stages = f"this pair has {len(t_channels) - 1} and {len(s_channels) - 1} stages"
-            raise common.UserError(f"--base reviewkd: {stages}; choose one with equal numbers")
+            raise common.UserError("--base reviewkd: choose networks with equally many stages")
         if args.deterministic and data.device.type == "cuda":
             raise common.UserError("--base reviewkd: pooling has no --deterministic form on a GPU")
         auxiliary["review"] = ReviewKD(s_channels, t_channels, min(512, student.embed_dim))
@@ -268,7 +267,8 @@ def distill(args: argparse.Namespace) -> dict:
     if args.nd_weight or args.direction_weight:
         batches = data.batches("train", 500, augment=args.class_means == "augmented", shared=True)
         made_by = {"teacher": teacher.hash, "data": data.fingerprint, "images": args.class_means}
-        path = run.dir / "class_means.pt"
+        made_by["device"] = common.device_name(data.device)
+        path = common.Path(args.teacher_cache or run.dir) / "class_means.pt"
         means = common.cached(
             path, made_by, lambda: compute_class_means(teacher, batches, data.num_classes)
         ).to(data.device)
