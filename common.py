@@ -2009,7 +2009,7 @@ def load_teacher(teacher: nn.Module, args, data: Data, distill) -> nn.Module:
     Raises: UserError if weights do not fit, are near chance, or were trained with other settings.
     """
     path = Path(args.teacher_ckpt or f"checkpoints/{args.dataset}_{args.teacher}.pt")
-    if args.pretrained_teacher and args.dataset == "imagenet":
+    if args.pretrained_teacher and data.num_classes == 1000:
         path, teacher = "torchvision", build_for(data, args.teacher, pretrained=True)
     elif args.pretrained_teacher:
         path = _published(f"{args.dataset}_{args.teacher}")
@@ -2297,6 +2297,8 @@ def launch(distill, args, baselines: dict, needed: tuple[str, ...] = ()):
         if args.resume or args.compare or args.seeds or getattr(args, "plot", False):
             raise UserError("--eval trains nothing: leave --resume, --compare, --seeds, --plot out")
         return print_top1(args)
+    if getattr(args, "plot", False):
+        pyplot()  # fail now, not after the training
     if args.seeds and args.seed:
         raise UserError("--seed and --seeds: choose one")
     if args.teacher_ckpt and getattr(args, "pretrained_teacher", False):

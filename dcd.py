@@ -1,38 +1,38 @@
 """DCD: discriminative and consistent representation distillation.
 
-Idea: in a small common space, the student's embedding of an image must pick out the teacher's
-embedding of that image among those of the batch, and what student i sees of the teacher's images
-must agree with what teacher i sees of the student's.
+Idea: in a small common space, the student's embedding of image i must be nearer to the teacher's
+embedding of image i than to those of the other images of the batch, and the similarities of image i
+to the others must be the same from the student's side (P_i) and from the teacher's (Q_i).
 
     Giakoumoglou, Stathaki: Discriminative and Consistent Representation Distillation,
     arXiv 2407.11802 (earlier: Invariant Consistency / Invariant Causal KD, ICD).
 
 Two linear heads, trained with the student and then discarded, map the embeddings (the inputs of
-the classifiers) to 128 dimensions: image i of a batch of B becomes s_i by the student's embedding
-and t_i by the teacher's.
+the classifiers) to 128 dimensions. For image i of a batch of B, s_i is what the student's head
+returns and t_i what the teacher's head returns.
 
-    similarity_ij = min(exp(tau), 10) * cos(s_i, t_j)     exp(tau): a learned scale; tau starts at 1
-    P_i = softmax over j of similarity_ij                 student i's view of the teacher's images
-    Q_i = softmax over j of similarity_ji                 teacher i's view of the student's images
+    similarity_ij = min(exp(tau), 10) * cos(s_i, t_j)     a learned scale; tau starts at 1
+    P_i = softmax over j of similarity_ij                 s_i compared with all t_j
+    Q_i = softmax over j of similarity_ji                 t_i compared with all s_j
     dcd  = mean_i -log P_ii  +  alpha * mean_i KL(Q_i || P_i)        contrastive, consistency
     loss = ce_weight * ce + dcd_weight * dcd + kd_weight * kd
 
 Weights 1, 1, 0 (DCD+KD: 1, 1, 1), alpha 0.5; kd is Hinton's at temperature 4.
 
-    python dcd.py --teacher resnet56 --student resnet20     # CIFAR-100, benchmark recipe
+    python dcd.py --teacher resnet56 --student resnet20     # CIFAR-100, RepDistiller's recipe
     python dcd.py --kd-weight 1 --compare --seeds 0 1 2     # DCD+KD, KD and CE, 3 seeds each
     python dcd.py --transfer stl10 --student-ckpt runs/NAME/student.pt    # linear probe, new images
 
-Measured on CIFAR-100, resnet56 (69.56 %) -> resnet8, a small budget for a CPU (--student resnet8
+Measured on CIFAR-100, resnet56 (69.56 %) -> resnet8, in a small budget (--student resnet8
 --train-size 10000 --epochs 15): top-1 % after the last epoch, mean ± standard deviation over seeds
 0, 1, 2. CE 24.03 ± 0.14, KD 32.03 ± 0.44, DCD 31.44 ± 0.51, DCD+KD 34.79 ± 0.52. It shows that the
-code works, not what DCD gains in 240 epochs. To MobileNetV2: CE 19.13, DCD 23.49 (n = 1).
+code works, not what DCD gains in 240 epochs. MobileNetV2: CE 19.13 ± 0.14, DCD 23.49 ± 0.29.
 
 Differences from the paper and its code:
  1. No offset on the similarities: it cancels in every softmax, so its gradient is zero.
  2. Heads and tau are trained on every data set; the published ImageNet code never trains tau.
  3. --fixed-temperature 0.07 divides the cosines by 0.07; the published code multiplies by it.
- 4. KD is ce + kd; RepDistiller's KD rows are 0.1 ce + 0.9 kd. The last, smaller batch counts.
+ 4. KD is ce + kd (RepDistiller: 0.1 ce + 0.9 kd). The last, smaller batch is used, not dropped.
  5. The probe keeps BatchNorm in eval mode; --transfer-bn batch is the published train mode.
  6. Under torchrun the negatives come from the whole batch, not from each rank's part.
 """
@@ -63,11 +63,11 @@ def contrastive_loss(similarity: torch.Tensor) -> torch.Tensor:
 
 
 def consistency_loss(similarity: torch.Tensor) -> torch.Tensor:
-    """Do rows and columns give the same view? Mean of KL(Q_i || P_i), gradient through both.
+    """KL divergence between row and column softmax: mean of KL(Q_i || P_i); neither is detached.
 
     Args: similarity: [B,B]; P_i is the softmax of row i, Q_i that of column i.
     Returns: scalar, 0 if and only if similarity is symmetric, so also if all entries are equal:
-        no loss to use alone. Default weight: 0.5 beside contrastive_loss.
+        do not use it alone. Default weight: 0.5 beside contrastive_loss.
     Reference: Giakoumoglou, Stathaki, arXiv 2407.11802.
     """
     log_p, log_q = F.log_softmax(similarity, dim=1), F.log_softmax(similarity.T, dim=1)  # [B,B]
@@ -77,15 +77,18 @@ def consistency_loss(similarity: torch.Tensor) -> torch.Tensor:
 class DCDLoss(torch.nn.Module):
     """DCD: contrastive + alpha * consistency, on two linear heads of its own.
 
-    Give all of its parameters to the optimizer. Under DDP wrap this module too, and gather the
-    embeddings with gradient first, or each rank has only its own negatives.
+        dcd = DCDLoss(student_dim, teacher_dim).to(device)
+        optimizer = torch.optim.SGD([*student.parameters(), *dcd.parameters()], lr=0.05)
+        loss = F.cross_entropy(logits, labels) + dcd(student_emb.float(), teacher_emb.float())
+    Under DDP wrap this module too, and gather the embeddings with gradient first, or each rank has
+    only its own negatives.
 
     Args: student_dim, teacher_dim, embed_dim: dimensions of the embeddings and the common space;
         alpha: weight of the consistency; init_tau, max_scale: similarity = min(exp(tau), max_scale)
         * cosine, tau trained; temperature: if given, similarity = cosine / temperature instead;
-        terms: "both", or "contrastive" or "consistency" alone, the latter without alpha.
+        terms: "both", or one of "contrastive" and "consistency" (without alpha).
     Raises: ValueError for other terms.
-    Default weight: 1, as the value starts near log B like the cross-entropy near log K.
+    Default weight: 1: it starts near log B, as the cross-entropy starts near log K (K classes).
     Reference: Giakoumoglou, Stathaki, arXiv 2407.11802.
     """
 
@@ -114,8 +117,8 @@ class DCDLoss(torch.nn.Module):
         """What multiplies the cosines: min(exp(tau), max_scale), or 1 / temperature."""
         if self.temperature is not None:
             return torch.full_like(self.tau, 1 / self.temperature)
-        # As published, tau has no gradient beyond the maximum: momentum and weight decay alone move
-        # it there. The minimum is taken before exp, or a huge tau gives inf * 0 in the gradient.
+        # As published, tau has no gradient above log max_scale: momentum and weight decay alone
+        # move it. The clamp comes before exp: else a huge tau gives inf * 0 = nan in the gradient.
         return self.tau.clamp(max=self.max_tau).exp()
 
     def forward(self, student_emb: torch.Tensor, teacher_emb: torch.Tensor) -> torch.Tensor:
@@ -155,7 +158,7 @@ def kd_loss(
 
 
 def distill(args) -> dict:
-    """One run, from data to result. It trains teachers too, without a teacher of their own."""
+    """Train a student and return its result; without args.teacher: plain training, of a teacher."""
     data = common.load_data(args)
     figures = ("correlation_gap.png", "embeddings.png")
     run = common.Run(args, data, figures=figures if args.plot else ())
@@ -188,7 +191,7 @@ def distill(args) -> dict:
         student.train()
         auxiliary.train()
         for images, labels in run.batches():
-            # Schedule, in epochs of the full recipe (240: 0 to 239), however long this run is.
+            # Schedule, in epochs of the full recipe: a shorter run has the same shape.
             now = recipe["epochs"] * run.step // run.total_steps
             drops = sum(now >= milestone for milestone in recipe["milestones"])
             common.set_lr(optimizer, args.lr / 10**drops)
@@ -205,12 +208,12 @@ def distill(args) -> dict:
             if args.dcd_weight or args.kd_weight:
                 teacher_logits, teacher_emb = run.all_gather(teacher_logits, teacher_emb)
 
-            # A term of weight 0 is not computed: it stays 0.0 and is not logged.
+            # DCD or KD of weight 0 is not computed: it stays 0.0 and is not logged.
             dcd = kd = scale = tau = 0.0
             ce = F.cross_entropy(logits, labels)
             if args.dcd_weight:
                 dcd = auxiliary["dcd"](student_emb, teacher_emb)
-                # Logged to be watched, as they are no losses: expect the scale to settle at 10.
+                # Only logged. The trained scale is expected to settle at max_scale, 10.
                 scale, tau = auxiliary["dcd"].scale().detach(), auxiliary["dcd"].tau.detach()
             if args.kd_weight:
                 kd = kd_loss(logits, teacher_logits, args.temperature)
@@ -260,7 +263,7 @@ def transfer(args) -> dict:
     for _ in run.epochs():
         networks.train(args.transfer_bn == "batch")
         for images, labels in run.batches():
-            now = 120 * run.step // run.total_steps
+            now = 120 * run.step // run.total_steps  # the published schedule
             drops = sum(now >= milestone for milestone in (30, 60, 90))
             for group, lr in zip(optimizer.param_groups, (args.lr, args.teacher_lr)):
                 group["lr"] = lr / 10**drops
@@ -320,7 +323,7 @@ def draw_embeddings(student, teacher, data, path) -> None:
 
 
 # fmt: off
-RECIPES = {  # cifar: all but ImageNet, RepDistiller's and the paper's; imagenet: the paper's code
+RECIPES = {  # cifar: RepDistiller's and the paper's, for all but ImageNet; imagenet: paper's code
     "cifar": dict(teacher="resnet56", student="resnet20", epochs=240, batch_size=64, lr=0.05,
         small_lr=0.01, nesterov=False, weight_decay=5e-4, milestones=(150, 180, 210)),
     "imagenet": dict(teacher="resnet34", student="resnet18", epochs=120, batch_size=256, lr=0.1,
@@ -331,9 +334,11 @@ RECIPES = {  # cifar: all but ImageNet, RepDistiller's and the paper's; imagenet
 
 def prepare_transfer(args) -> None:
     """Fill in what --transfer leaves open, from the result.json beside the student if it is there.
-    Until here --dataset is what the networks were trained on, from here on that of the probes."""
+    On entry args.dataset is what the networks were trained on, on return that of the probes."""
     if not (args.transfer and args.student_ckpt) or common.world() > 1:
         raise common.UserError("--transfer NAME and --student-ckpt FILE: give both; no torchrun")
+    if args.compare or args.plot:
+        raise common.UserError("--transfer trains probes only: leave --compare and --plot out")
     student, result = Path(args.student_ckpt), {}
     with contextlib.suppress(OSError, ValueError, TypeError):
         result = dict(json.loads(student.with_name("result.json").read_text()))
@@ -390,23 +395,21 @@ def parse_args(argv=None) -> argparse.Namespace:
         return args
     common.fill_recipe(args, RECIPES.get(args.dataset, RECIPES["cifar"]))
     dcd = "DCD" if args.terms == "both" else f"DCD {args.terms}"
-    dcd += " fixed scale" if args.fixed_temperature else ""
+    dcd += " fixed temperature" if args.fixed_temperature else ""
     terms = {dcd: args.dcd_weight, "KD": args.kd_weight}
     args.method = "+".join(name for name in terms if terms[name]) or "CE"
     if not args.eval and not args.ce_weight and not args.kd_weight:
         raise common.UserError("--ce-weight 0: nothing else here trains the classifier")
-    if args.plot:
-        common.pyplot()  # fails now, not after the training
     return args
 
 
-def main(argv=None) -> dict:
+def main(argv=None) -> dict | list[dict]:
     args = parse_args(argv)
     if args.transfer:
         return common.launch(transfer, args, {})
     ce = dict(method="CE", ce_weight=1.0, dcd_weight=0.0, kd_weight=0.0)
     kd = dict(ce, method="KD", kd_weight=1.0)
-    if args.kd_weight:  # KD as it stands beside DCD
+    if args.kd_weight:  # the KD baseline keeps the ce and kd weights that were given
         kd.update(ce_weight=args.ce_weight, kd_weight=args.kd_weight)
     return common.launch(distill, args, {"ce": ce, "kd": kd})
 

@@ -1,7 +1,7 @@
 """ND for object detection: Faster R-CNN with FPN on COCO (KD++ and ReviewKD++ for detectors).
 
-Idea: move the student's box feature of every sampled RoI along the teacher's mean feature of the
-RoI's class (background is a class), until it is at least as long as the teacher's of that RoI.
+Idea: turn the student's box feature of every sampled RoI (region of interest) towards the teacher's
+mean feature of its class (background is one), and lengthen it until it is as long as the teacher's.
 
     Wang, Cheng, Duan, Wang, Feng, Kong: Improving Knowledge Distillation via Regularizing Feature
     Norm and Direction, arXiv 2305.17007 (ECCV 2024: "... Feature Direction and Norm").
@@ -11,7 +11,7 @@ the same box on the same pixels) and e = class_means[y] / |class_means[y]|:
 
     nd   = mean_r [ 1 - (s . e) / max(|s|, |t|) ]
     kd   = mean_r [ KL(softmax(teacher_logits[r]) || softmax(student_logits[r])) ]
-    loss = cls + box + objectness + rpn_box + nd_weight * nd + kd_weight * kd + ...
+    loss = cls + box + objectness + rpn_box + nd_weight nd + kd_weight kd + reviewkd_weight reviewkd
 
 nd with kd is KD++; with ReviewKD, which compares the feature maps of the FPN, it is ReviewKD++.
 
@@ -24,13 +24,13 @@ AP (%) of the last epoch, mean ± standard deviation over n = 3 seeds, --dataset
 ± 2.21, ReviewKD 26.85 ± 2.09, ReviewKD++ 24.57 ± 7.17. 300 steps are too few to rank the methods.
 
 Differences from the paper's code:
- 1. torchvision's detector: class 0 is background, box loss smooth L1, 2 x 2 samples a RoIAlign bin.
+ 1. torchvision's detector: background is class 0 (there: 80), box loss smooth L1 (there: L1).
  2. Both networks see the same normalised pixels (there: ResNet-18's colour channels are mixed up).
  3. Class means: of this teacher, clean images, its own proposals, summed in float64.
- 4. --nd-weight counts beside ReviewKD too (there: never read).
- 5. LR milestones are fractions of the run (there: 120 and 160 of 180 thousand iterations).
- 6. Under torchrun a loss is that of a rank's own images; gradients are averaged.
- 7. Teachers: torchvision's (AP 37.0), or trained as long as a student (there: three times that).
+ 4. --nd-weight also applies with ReviewKD (there: never read).
+ 5. LR milestones are at 2/3 and 8/9 of any run (there: at 120,000 and 160,000 of 180,000 steps).
+ 6. Teachers: torchvision's (AP 37.0), or trained as long as a student (there: three times that).
+As there, a rank computes the losses of its own images; gradients are averaged over the ranks.
 """
 
 import argparse
@@ -66,9 +66,9 @@ def nd_loss(
     """Norm and direction: mean of 1 - s.e / max(|s|, |t|), with e the direction of the class mean.
 
     Args: student_emb, teacher_emb [B,D]: inputs of the classifiers, the student's projected first
-        if its dimension differs; class_means [K,D]: the teacher's; labels [B]: from 0 to K-1.
-    Returns: a scalar, 0 to 2. Raises: ValueError (shapes do not fit), IndexError (wrong label).
-    Default weight: 1 (paper: 0.5 to 4); nd is about as large as ce. Reference: arXiv 2305.17007.
+        if its dimension differs; class_means [K,D]: the teacher's; labels [B]: int64, 0 to K-1.
+    Returns: a scalar, 0 to 2. Raises: ValueError (shapes do not fit), IndexError (label, on CPU).
+    Weight: 1 to begin with (paper: 0.5 to 4); nd starts near 0.6. Reference: arXiv 2305.17007.
     """
     s, t = student_emb, teacher_emb.detach()  # [B,D]
     e = F.normalize(class_means.detach(), dim=1).index_select(0, labels)  # [B,D]
@@ -96,10 +96,10 @@ def kd_loss(
 
 
 class ReviewKD(torch.nn.Module):
-    """Attention-based fusion (ABF) of the student's maps, from deep to shallow, for `hcl_loss`.
+    """ABF, attention-based fusion: hcl_loss(review(student_maps, teacher_maps), teacher_maps).
 
-    Args: student_channels, teacher_channels: of each level, from shallow to deep; mid_channels: of
-        the maps while they are fused. Reference: arXiv 2104.09044.
+    Args: student_channels, teacher_channels: by level, from shallow to deep; mid_channels: of the
+        maps while they are fused, e.g. 512. It has weights to train. Reference: arXiv 2104.09044.
     """
 
     def __init__(self, student_channels: list[int], teacher_channels: list[int], mid_channels: int):
@@ -131,7 +131,7 @@ class ReviewKD(torch.nn.Module):
 
 
 def hcl_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor]) -> torch.Tensor:
-    """Hierarchical context loss (HCL): MSE of the maps, at full size and pooled to 4x4, 2x2, 1x1.
+    """HCL: MSE at full size (weight 1), pooled to 4x4 (1/2), 2x2 (1/4) and 1x1 (1/8), averaged.
 
     Args: student_maps, teacher_maps: one [B,C,H,W] a level; sizes not below H are left out.
     Returns: a scalar, summed over levels. Raises: ValueError if maps differ in number or shape.
@@ -167,7 +167,7 @@ def box_branch(detector: nn.Module, feature_maps: dict, boxes: list, sizes: list
     heads = detector.roi_heads
     emb = heads.box_head(heads.box_roi_pool(feature_maps, boxes, sizes))
     logits, offsets = heads.box_predictor(emb)
-    return emb.float(), logits, offsets
+    return emb.float(), logits, offsets  # the predictor's are float32: see build_detector
 
 
 def training_pass(student: nn.Module, images: list, targets: list) -> tuple[dict, SampledRoIs]:
@@ -176,7 +176,7 @@ def training_pass(student: nn.Module, images: list, targets: list) -> tuple[dict
     Args: student: a detector in training mode; images: [3,h,w] each, values from 0 to 1;
         targets: of each image its "boxes" [n,4] in pixels and "labels" [n].
     Returns: the detector's four losses, and what distillation needs: resizing and RoI sampling
-        are random, so the teacher reuses the student's.
+        are random, so the teacher must get the student's pixels and RoIs.
     """
     batch, targets = student.transform(images, targets)
     feature_maps = student.backbone(batch.tensors)
@@ -220,7 +220,7 @@ def roi_nd_loss(sampled: SampledRoIs, teacher_emb, class_means, class_counts, fo
     if foreground_only:
         counted &= sampled.labels > 0
     if not counted.any():
-        # 0, but of the student: backward and the average over ranks need its gradients.
+        # A tensor, not the number 0.0: the log needs the same terms in every step.
         return sampled.emb.sum() * 0.0
     labels = sampled.labels[counted]
     return nd_loss(sampled.emb[counted], teacher_emb[counted], class_means, labels)
@@ -248,7 +248,7 @@ def distill(args: argparse.Namespace) -> dict:
     asks_box_branch = args.nd_weight or args.kd_weight  # of the teacher, in every step
     asks_teacher = asks_box_branch or args.reviewkd_weight
 
-    # SGD with momentum for all that is trained: the stem of a pretrained ResNet is not.
+    # SGD with momentum for all that is trained: not the stem and layer1 of a pretrained ResNet.
     student, auxiliary = student.to(data.device), auxiliary.to(data.device)
     trained = [p for p in (*student.parameters(), *auxiliary.parameters()) if p.requires_grad]
     sgd = dict(momentum=args.momentum, weight_decay=args.weight_decay)
@@ -260,7 +260,7 @@ def distill(args: argparse.Namespace) -> dict:
         student.train()
         auxiliary.train()
         for images, targets, image_ids in run.batches():
-            # Schedule: lr / 10 at 120 and at 160 of 180 parts of the run, after a linear warm-up.
+            # Schedule: linear warm-up; lr is divided by 10 at 2/3 and again at 8/9 of the run.
             passed = sum(180 * run.step >= part * run.total_steps for part in (120, 160))
             warm_up = min(1.0, 0.001 + 0.999 * run.step / warm_up_steps)
             common.set_lr(optimizer, args.lr / 10**passed * warm_up)
@@ -279,7 +279,7 @@ def distill(args: argparse.Namespace) -> dict:
                     maps, teacher_maps = [*sampled.feature_maps.values()], [*teacher_maps.values()]
                     maps = [m.float() for m in auxiliary["review"](maps, teacher_maps)]
 
-            # Losses, in float32. A term of weight 0 is not computed: it stays 0.0, not logged.
+            # Losses, in float32. A term of weight 0 is left out: 0.0, which is not logged.
             nd = kd = reviewkd = 0.0
             if args.nd_weight:
                 nd = roi_nd_loss(
@@ -297,7 +297,7 @@ def distill(args: argparse.Namespace) -> dict:
             run.average_gradients(optimizer)
             optimizer.step()
             run.log({**losses, "nd": nd, "kd": kd, "reviewkd": reviewkd}, image_ids)
-            sampled = maps = teacher_maps = None  # frees the feature maps
+            sampled = maps = teacher_maps = None  # frees the feature maps before the next step
         run.end_epoch(**evaluate_detector(student, data, args)[0])
 
     if args.plot and common.rank() == 0:
@@ -381,6 +381,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> dict | list[dict]:
     """What the shell calls: one run, or those of --seeds and --compare. Returns their results."""
     args = parse_args(argv)
+    if args.eval and (args.resume or args.compare or args.seeds or args.plot):
+        raise common.UserError("--eval trains nothing: no --resume, --compare, --seeds, --plot")
     if args.eval:
         return evaluate_file(args)
     pair = f"{args.teacher} {args.student}"
@@ -390,7 +392,7 @@ def main(argv=None) -> dict | list[dict]:
     kd = dict(off, method="KD", kd_weight=kd_weight)
     baselines = {"plain": dict(off, method="plain"), "kd": kd}
     if args.reviewkd_weight:
-        # The paper gives ReviewKD another weight without ND; a weight of the user's stays.
+        # Without ND the paper weighs ReviewKD otherwise; a weight other than its default stays.
         given = args.reviewkd_weight != paper["ReviewKD++"]["reviewkd_weight"]
         alone = args.reviewkd_weight if given else paper["ReviewKD"]
         baselines["reviewkd"] = dict(off, method="ReviewKD", reviewkd_weight=alone)
@@ -585,19 +587,20 @@ def _read_table(path, content):
     try:
         table = json.loads(content)
         images = {image["id"] for image in table["images"]}
-        categories = {category["id"] for category in table["categories"]}
+        categories = {category["id"]: category["name"] for category in table["categories"]}
         for image in table["images"]:
-            Path(image["file_name"]), int(image["width"]), int(image["height"])
+            Path(image["file_name"])
+            image.update(width=int(image["width"]), height=int(image["height"]))
         if not all(isinstance(number, int) for number in (*images, *categories)):
             raise TypeError("an id is not a whole number")
         for number, entry in enumerate(table.setdefault("annotations", []), 1):
             x, y, width, height = entry["bbox"]
             fits = entry["image_id"] in images and entry["category_id"] in categories
             if not fits or not all(abs(value) < torch.inf for value in (x, y, width, height)):
-                raise ValueError(f"annotation {entry.get('id')}: wrong image, category or bbox")
+                raise ValueError(f"annotation number {number}: wrong image, category or bbox")
             entry["id"] = number  # from 1: the evaluator takes a match with 0 for no match
             entry.setdefault("area", width * height)
-            entry.setdefault("iscrowd", 0)
+            entry["iscrowd"] = int(entry.get("iscrowd") or 0)
         return COCO(table)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"
@@ -822,6 +825,7 @@ def load_roi_class_means(args, data: DetectionData, teacher: nn.Module):
     names = ("class_means_images", "image_size", "smallest_anchor", "regions", "batch_size")
     made_by = {name: getattr(args, name) for name in names}
     made_by.update(teacher=teacher.hash, data=data.fingerprint, images=data.train_images)
+    made_by.update(device=common.device_name(data.device), ranks=common.world())
 
     def compute():
         print("class means of RoIs: one pass of the teacher", flush=True)

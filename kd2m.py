@@ -4,34 +4,34 @@ Idea: add to the cross-entropy a distance between the student's and the teacher'
 two sets of vectors rather than as pairs, and choose the distance.
 
     Montesuma: KD^2M: A unifying framework for feature knowledge distillation, arXiv 2504.01757
-    (GSI 2025). Formulas from its author's slides and published code; its body was not at hand.
+    (GSI 2025). Formulas from the author's slides and published code, not from the paper's text.
 
 With student_emb and teacher_emb [B,D], the inputs of the two classifiers for one minibatch:
 
     loss = ce_weight * ce + metric_weight * distance(student_emb, teacher_emb) + kd_weight * kd
 
-The distance is one of METRICS. Read its gain against mse, each image with itself, for mmd_linear <=
-w2_gaussian diag <= full <= w2_empirical <= cw2_empirical (freq) <= mse on every batch.
+The distance is one of METRICS. Compare it with mse, which pairs each image with itself: mmd_linear
+<= w2_gaussian (diag <= full) <= w2_empirical <= cw2_empirical (freq) <= mse on every batch.
 
-    python kd2m.py --metric w2_empirical --compare --seeds 0 1 2     and CE, KD, mse: 12 runs
+    python kd2m.py --metric w2_empirical --compare --seeds 0 1 2    # also CE, KD, mse: 12 runs
     python kd2m.py --metric w2_gaussian --covariance full --out runs/w2-full
     python kd2m.py --recipe paper --dataset svhn --metric cw2_empirical
-    python kd2m.py --bench-metrics                                   what each metric costs
+    python kd2m.py --bench-metrics                                  # what each metric costs
 
 Measured: CIFAR-100 test top-1 (%) of the last epoch, mean ± standard deviation, n = 3 seeds, in a
-small budget for a CPU: resnet56 (69.56) -> resnet8, 10,000 training images, 15 epochs. It shows
-that the code works, not what the method gains in 240 epochs.
+small budget: resnet56 (69.56) -> resnet8, 10,000 training images, 15 epochs, weights not tuned.
+It shows that the code works, not what a metric gains in 240 epochs.
     CE            24.03 ± 0.14    cw2_empirical 35.07 ± 0.94    mmd_rbf       23.16 ± 0.42
     KD            32.03 ± 0.44    cw2_gaussian  35.29 ± 0.43    w2_gaussian   21.22 ± 1.29
     mse           35.29 ± 0.35    jw2_empirical 27.14 ± 0.47    kl_gaussian   19.03 ± 1.39
     w2_empirical  23.83 ± 0.85    mmd_linear    25.73 ± 0.32
 
 Differences from the paper and its code (--recipe paper: the code's pair, schedule and weights):
- 1. Every baseline has the method's schedule (there: the plain student's rate stays constant).
- 2. cw2_* average over the classes present, as in the slides (there: --class-reduction sum).
- 3. jw2_empirical compares student and teacher (there: the features of the student with themselves).
- 4. w2_gaussian has a full covariance too, as in the slides (there: only the diagonal).
- 5. kl_gaussian has a least variance (there: infinite if a feature of the teacher is constant).
+ 1. Every baseline has the method's schedule (code: the plain student's rate stays constant).
+ 2. cw2_* average over the classes present, as in the slides (code: sum, --class-reduction sum).
+ 3. jw2_empirical compares student and teacher (code: the student with itself, cost / its maximum).
+ 4. w2_gaussian has a full covariance too, as in the slides (code: only the diagonal).
+ 5. kl_gaussian bounds variances from below (code: infinite if a teacher's feature is constant).
 """
 
 import argparse
@@ -46,18 +46,20 @@ from torch import nn
 
 import common
 
-# Each metric can be copied alone. Pass float32: under autocast, call `.float()` on what networks
-# return. Products of matrices are float64, which autocast leaves alone: |a|^2 + |b|^2 - 2ab loses
-# digits where a is near b. An optimum, such as an assignment, is found without gradient, then held
-# fixed: by the envelope theorem the gradient is still right. Moments are biased (1/B).
+# To copy a metric, copy the _helpers it calls too and, for assignments, the scipy import. Use:
+#     loss = F.cross_entropy(logits, labels) + 0.05 * w2_gaussian(student_emb, teacher_emb)
+# Pass float32: under autocast, call `.float()` on what networks return. Products of matrices are
+# float64, which autocast leaves alone: |a|^2 + |b|^2 - 2ab loses digits where a is near b. An
+# optimum, such as an assignment, is found without gradient, then held fixed: by the envelope
+# theorem the gradient is still right. Variances are biased (1/B). An unknown option: KeyError.
 
 
 def mse(student_emb: torch.Tensor, teacher_emb: torch.Tensor) -> torch.Tensor:
-    """Squared error between the two features of the same image: the control.
+    """Squared error between the student's and the teacher's features of each image: the control.
 
     Args: student_emb, teacher_emb [B,D]: inputs of the classifiers.
     Returns: a scalar in squared feature units, D times F.mse_loss. Raises: ValueError if shapes do
-        not fit. Default weight: 0.03, at which the term starts near the cross-entropy (D = 64).
+        not fit. Default weight: 0.03 (starts near the cross-entropy if D = 64; * 64 / D else).
     """
     s, t = student_emb, teacher_emb.detach()  # [B,D]
     if s.ndim != 2 or s.shape != t.shape:
@@ -121,7 +123,7 @@ def jw2_empirical(
     """Joint w2_empirical: one assignment for features and logits, with gradient to both.
 
     Args: student_emb, teacher_emb [B,D]; student_logits, teacher_logits [B,K]; beta >= 0: weight
-        of the squared distance of the logits (that distance, and 1, are the published code's).
+        of the logits' squared distance. The published code has this distance, with beta 1.
     Returns, Raises, Reference: see `w2_empirical`. Default weight: 0.003, as the logits add to it.
     """
     s, t = student_emb, teacher_emb.detach()  # [B,D]
@@ -146,7 +148,8 @@ def w2_gaussian(
 ) -> torch.Tensor:
     """Squared 2-Wasserstein distance of the two Gaussians that have the features' moments.
 
-    Args: student_emb, teacher_emb [B,D]; cov: "diag" (published code) or "full" (slides).
+    Args: student_emb, teacher_emb [B,D]; cov: "diag" (published code) or "full" (slides). Both are
+        biased upwards if B is small, "full" more: use B well above D.
     Returns, Raises: see `mse`. Default weight: 0.05. Reference: arXiv 2504.01757.
     """
     s, t = student_emb, teacher_emb.detach()  # [B,D]
@@ -160,8 +163,8 @@ def w2_gaussian(
         # clamp_min: the gradient of the root at variance 0 is then 0 instead of infinite.
         sigma_s, sigma_t = (x.square().mean(0).clamp_min(1e-36).sqrt() for x in (a, b))  # [D]
         return gap + (sigma_s - sigma_t).square().sum()  # |mu_s - mu_t|^2 + |sigma_s - sigma_t|^2
-    # |mu_s - mu_t|^2 + tr cov_s + tr cov_t - 2 tr (cov_s^1/2 cov_t cov_s^1/2)^1/2. That trace is
-    # the nuclear norm of A B^T / B [B,B], also if covariances are singular. (A^T B would be wrong.)
+    # |mu_s - mu_t|^2 + tr cov_s + tr cov_t - 2 tr (cov_s^1/2 cov_t cov_s^1/2)^1/2. The last is the
+    # nuclear norm of a b^T / len(a), [B,B], also if covariances are singular. (a^T b is wrong.)
     traces = (a.square() + b.square()).sum() / len(a)
     return (gap + traces - 2 * _nuclear_norm(a @ b.T) / len(a)).to(student_emb.dtype)
 
@@ -205,7 +208,7 @@ def cw2_gaussian(
 
 
 def _floored_moments(s, t, floor):
-    """Means and variances [D] of s and t, no variance below `floor` times the mean of t's."""
+    """Means and variances [D] of s and t, none below `floor` times the mean variance of t."""
     if s.ndim != 2 or s.shape != t.shape or len(s) < 2:
         raise ValueError(f"needs two [B,D], B >= 2: {s.shape}, {t.shape}")
     mean_s, mean_t = s.mean(0), t.mean(0)
@@ -256,7 +259,7 @@ def mmd_rbf(
         and between the two sets, without gradient.
     Returns: a scalar from 0 to 2. Default weight: 20. Raises, Reference: see `mse`, `mmd_linear`.
     """
-    s, t = student_emb, teacher_emb.detach().clone()  # a copy: inference_mode forbids to save t
+    s, t = student_emb, teacher_emb.detach().clone()  # autograd cannot save an inference_mode t
     ss, tt, st = (_square_distances(a, b) for a, b in ((s, s), (t, t), (s, t)))  # [B,B]
     if bandwidth is None:
         bandwidth = torch.stack([ss, tt, st]).detach().sqrt().mean().clamp_min(1e-12)
@@ -291,7 +294,7 @@ def sinkhorn(
 ) -> torch.Tensor:
     """Debiased Sinkhorn divergence: near w2_empirical for a small reg, mmd_linear for a large one.
 
-    Args: student_emb, teacher_emb [B,D]; reg: of the entropy, as a share of the mean cost;
+    Args: student_emb, teacher_emb [B,D]; reg: weight of the entropy, as a share of the mean cost;
         tolerance: relative error of the plans' marginals at which to stop; iterations: at most.
     Returns, Raises: see `mse`. Default weight: 0.05.
     """
@@ -356,9 +359,9 @@ def hellinger(
 def gromov_w2(
     student_emb: torch.Tensor, teacher_emb: torch.Tensor, start: str = "profile", steps: int = 20
 ) -> torch.Tensor:
-    """Gromov-Wasserstein: compares the distances within either set. Default weight: 1e-4.
+    """Gromov-Wasserstein: compares squared distances within each set. Default weight: 1e-4.
 
-    The best assignment is out of reach (a quadratic problem): each step solves the problem
+    The exact minimum is too hard to find (a quadratic problem): each step solves the problem
     linearised at the last assignment, until the cost no longer falls.
     Args: student_emb [B,D], teacher_emb [B,E], of any two dimensions; start: "profile" assigns by
         the sorted distances to the others, "identity" each image to itself; steps: at most.
@@ -410,7 +413,7 @@ def feature_distance(args, s, t, labels, student_logits, teacher_logits, seed=No
 
 
 def distill(args) -> dict:
-    """One run, from data to result. Without a teacher it is plain training: of a teacher, too."""
+    """Train a student and return its result; without args.teacher: plain training, of a teacher."""
     data = common.load_data(args)
     run = common.Run(args, data, figures=("features.png",) if args.plot else ())
     recipe = RECIPES[args.recipe]
@@ -556,19 +559,19 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--metric", type=common.one_of("metric", list(METRICS)), default="w2_empirical",
         metavar="NAME", help=f"{', '.join(METRICS)} (default: w2_empirical)")  # fmt: skip
     add("--ce-weight", type=weight, default=1.0, help="weight of the cross-entropy (default: 1)")
-    add("--metric-weight", type=weight, help="weight of the metric (default: its own; paper: 1e-4)")
+    add("--metric-weight", type=weight, help="weight (default: the metric's own; paper: 1e-4)")
     add("--kd-weight", type=weight, default=0.0, help="weight of KD (default: 0)")
     add("--temperature", type=common.positive, default=4.0, help="temperature of KD (default: 4)")
     add("--covariance", choices=("diag", "full"), default="diag",
         help="covariance in w2_gaussian and cw2_gaussian (default: diag)")  # fmt: skip
     add("--kl-direction", choices=("student", "teacher", "both"), default="student",
-        help="Gaussian that comes first in kl_gaussian; both: sum (default: student)")  # fmt: skip
+        help="KL(S || T), KL(T || S) or their sum (default: student)")  # fmt: skip
     add("--class-reduction", choices=("mean", "sum", "freq"),
         help="over classes, of cw2_* (default: mean; paper: sum)")  # fmt: skip
     add("--beta", type=weight, default=1.0, help="jw2_empirical: weight of logits (default: 1)")
     add("--normalize-by-dim", action="store_true", help="divide the metric by D (default: no)")
     add("--projector", choices=("none", "linear"), default="none",
-        help="on the student's features, where dimensions differ (default: none)")  # fmt: skip
+        help="linear: a trained map on the student's features (default: none)")  # fmt: skip
     add("--bench-metrics", action="store_true", help="only print what each metric costs")
     add("--plot", action="store_true", help="draw features.png")
     add("--recipe", choices=tuple(RECIPES), help="paper: the published code's set-up, to be used"
@@ -581,10 +584,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.metric_weight is None:
         args.metric_weight = default_weight(args, args.metric)
         print(f"--metric-weight of {args.metric} (default): {args.metric_weight:g}", flush=True)
-    if not (args.ce_weight or args.kd_weight or args.metric == "jw2_empirical"):
+    on_logits = args.metric == "jw2_empirical" and args.metric_weight and args.beta
+    if not (args.ce_weight or args.kd_weight or on_logits or args.eval or args.bench_metrics):
         raise common.UserError("--ce-weight 0: nothing else here trains the classifier")
-    if args.plot:
-        common.pyplot()  # fail now, not after the training
+    if args.covariance == "full" and "w2_gaussian" not in args.metric and not args.bench_metrics:
+        raise common.UserError("--covariance full: only w2_gaussian and cw2_gaussian have it")
     terms = {args.metric: args.metric_weight, "KD": args.kd_weight}
     args.method = "+".join(name for name, value in terms.items() if value) or "CE"
     return args
@@ -597,16 +601,16 @@ def main(argv=None):
         return bench_metrics(args)
     ce = dict(method="CE", ce_weight=1.0, metric_weight=0.0, kd_weight=0.0)
     kd = ce | dict(method="KD", kd_weight=1.0)
-    # The control: this run with mse for its metric, at the same weight where the scale is the same.
+    # The control: mse as the metric, at the same weight where the scale is the same.
     same_scale = args.metric in ("w2_empirical", "cw2_empirical")
     mse_weight = args.metric_weight if same_scale else default_weight(args, "mse")
     control = dict(method="mse", metric="mse", metric_weight=mse_weight)
-    control["ce_weight"] = args.ce_weight or 1.0  # 0 is for jw2_empirical, which trains on logits
+    control["ce_weight"] = args.ce_weight or 1.0  # mse alone does not train the classifier
     if args.kd_weight:  # CE and KD have the weights that they have beside the metric
         kd |= dict(ce_weight=args.ce_weight, kd_weight=args.kd_weight)
         control |= dict(method="mse+KD", ce_weight=args.ce_weight)
     baselines = dict(ce=ce, kd=kd, mse=control)
-    if args.metric == "gromov_w2":  # whose dimensions may differ
+    if args.metric == "gromov_w2" or not args.metric_weight:  # any dimensions; nothing to control
         del baselines["mse"]
     return common.launch(distill, args, baselines)
 

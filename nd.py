@@ -1,7 +1,7 @@
 """ND: knowledge distillation by feature norm and direction (KD++, DKD++, DIST++, ReviewKD++).
 
-Idea: move the student's embedding of an image along the direction of the teacher's mean embedding
-of that image's class, until it is at least as long as the teacher's own embedding of the image.
+Idea: turn the student's embedding of an image towards the teacher's mean embedding of that image's
+class, and lengthen it until it is as long as the teacher's own embedding of the image.
 
     Wang, Cheng, Duan, Wang, Feng, Kong: Improving Knowledge Distillation via Regularizing Feature
     Norm and Direction, arXiv 2305.17007 (ECCV 2024: "... Feature Direction and Norm").
@@ -12,11 +12,11 @@ s comes out of a projector if the dimensions differ) and e = class_means[y] / |c
     nd   = mean_i [ 1 - (s . e) / max(|s|, |t|) ]  =  mean_i [ 1 - cos(s, e) * min(1, |s|/|t|) ]
     loss = ce_weight * ce + warm_up * kd_weight * base + nd_weight * nd
 
-ce is the cross-entropy and base is KD, DKD, DIST or ReviewKD. The paper's ablations replace nd by
-direction = mean_i [ 1 - cos(s, e) ], by norm = mean_i [ relu(1 - |s|/|t|) ], or by both.
+ce: cross-entropy; base: KD, DKD, DIST or ReviewKD; warm_up: 0 to 1. Ablations: nd is replaced by
+direction = mean_i [ 1 - cos(s, e) ] and/or norm = mean_i [ relu(1 - |s|/|t|) ] (this one ours).
 
-    python nd.py --teacher resnet56 --student resnet20            CIFAR-100, the paper's recipe
-    python nd.py --base dkd --compare --seeds 0 1 2               DKD++, DKD, KD and CE, 3 seeds
+    python nd.py --teacher resnet56 --student resnet20          # CIFAR-100, the paper's recipe
+    python nd.py --base dkd --compare --seeds 0 1 2             # DKD++, DKD, KD and CE, 3 seeds
     python nd.py --dataset imagenet --data-dir imagenet --pretrained-teacher
     python nd.py --dataset shapes --teacher resnet14 --student resnet8 --epochs 4 --batch-size 64
 
@@ -28,10 +28,9 @@ Differences from the paper's code:
  1. Class means: clean images, summed in float64 (there: augmented images, rounded to 4 decimals).
  2. Where |s| and |t| are both below 1e-7, nd is 1 and its gradient 0 (there: 0/0).
  3. The result is that of the last epoch (there: of the epoch that is best on the test set).
- 4. The projector leaves the classifier alone (there: its bias is reset, on ImageNet all of it).
+ 4. A projector leaves the student's classifier as it is (there: building one resets it in part).
  5. ND has no warm-up with any base loss (there: with DKD on ImageNet it has one).
- 6. ReviewKD on ImageNet: teacher maps before the last ReLU (there: after it; it works in place).
- 7. On one device BatchNorm sees the whole batch (there, on CIFAR: half of it on each GPU).
+ 6. On one device BatchNorm sees the whole batch (there, on CIFAR: half of it on each GPU).
 """
 
 import argparse
@@ -39,12 +38,11 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import common
 
-# Each loss can be copied alone. Pass float32: under autocast, call .float() on what the networks
-# return. No gradient reaches the teacher. B: images, K: classes, D: dimensions of the embedding.
+# Each loss can be copied alone. Teacher in eval mode. Pass float32: under autocast, use .float() on
+# what the networks return. No gradient reaches the teacher. B images, K classes, D dimensions.
 
 
 def nd_loss(
@@ -56,9 +54,9 @@ def nd_loss(
     """Norm and direction: mean of 1 - s.e / max(|s|, |t|), with e the direction of the class mean.
 
     Args: student_emb, teacher_emb [B,D]: inputs of the classifiers, the student's projected first
-        if its dimension differs; class_means [K,D]: the teacher's; labels [B]: from 0 to K-1.
-    Returns: a scalar, 0 to 2. Raises: ValueError (shapes do not fit), IndexError (wrong label).
-    Default weight: 1 (paper: 0.5 to 4); nd is about as large as ce. Reference: arXiv 2305.17007.
+        if its dimension differs; class_means [K,D]: the teacher's; labels [B]: int64, 0 to K-1.
+    Returns: a scalar, 0 to 2. Raises: ValueError (shapes do not fit), IndexError (label, on CPU).
+    Weight: 1 to begin with (paper: 0.5 to 4); nd starts near 0.6. Reference: arXiv 2305.17007.
     """
     s, t = student_emb, teacher_emb.detach()  # [B,D]
     e = F.normalize(class_means.detach(), dim=1).index_select(0, labels)  # [B,D]
@@ -72,7 +70,7 @@ def nd_loss(
 def direction_loss(
     student_emb: torch.Tensor, class_means: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
-    """Direction alone, an ablation of ND: mean of 1 - cos(s, e). For all else see `nd_loss`."""
+    """Direction alone, an ablation: mean of 1 - cos(s, e), 0 to 2. Arguments: see `nd_loss`."""
     s, e = student_emb, F.normalize(class_means.detach(), dim=1).index_select(0, labels)  # [B,D]
     if s.shape != e.shape:
         raise ValueError(f"shapes of s, e must be the same: {s.shape}, {e.shape}")
@@ -82,7 +80,7 @@ def direction_loss(
 
 
 def norm_loss(student_emb: torch.Tensor, teacher_emb: torch.Tensor) -> torch.Tensor:
-    """Norm alone, an ablation of ND: mean of relu(1 - |s| / |t|). For all else see `nd_loss`."""
+    """Norm alone, an ablation: mean of relu(1 - |s| / |t|), 0 to 1. Arguments: see `nd_loss`."""
     if student_emb.shape != teacher_emb.shape:
         raise ValueError(f"shapes must be the same: {student_emb.shape}, {teacher_emb.shape}")
     s, t = student_emb.norm(dim=1), teacher_emb.detach().norm(dim=1)  # |s|, |t|  [B]
@@ -115,9 +113,9 @@ def dkd_loss(
 ) -> torch.Tensor:
     """Decoupled KD: T^2 (alpha TCKD + beta NCKD), mean over the batch.
 
-    TCKD: KL divergence of (true class, all others together). NCKD: that among the others, which KD
-    multiplies by the teacher's probability of the others, often tiny.
-    Args, Returns, Raises: as `kd_loss`; labels [B]: the true classes; alpha, beta >= 0.
+    TCKD: KL divergence of two probabilities (true class, all others). NCKD: of the others alone,
+    scaled to sum 1; KD weights it by the teacher's probability of the others, often tiny.
+    Args, Returns, Raises: as `kd_loss`; labels [B]: 0 to K-1; alpha, beta >= 0.
     Default weights: alpha 1, beta 8, as published for most pairs. Reference: arXiv 2203.08679.
     """
     s, t, labels = student_logits, teacher_logits.detach(), labels.long()
@@ -159,10 +157,10 @@ def dist_loss(
 
 
 class ReviewKD(torch.nn.Module):
-    """Attention-based fusion (ABF) of the student's maps, from deep to shallow, for `hcl_loss`.
+    """ABF, attention-based fusion: hcl_loss(review(student_maps, teacher_maps), teacher_maps).
 
-    Args: student_channels, teacher_channels: of each level, from shallow to deep; mid_channels: of
-        the maps while they are fused. Reference: arXiv 2104.09044.
+    Args: student_channels, teacher_channels: by level, from shallow to deep; mid_channels: of the
+        maps while they are fused, e.g. 512. It has weights to train. Reference: arXiv 2104.09044.
     """
 
     def __init__(self, student_channels: list[int], teacher_channels: list[int], mid_channels: int):
@@ -194,7 +192,7 @@ class ReviewKD(torch.nn.Module):
 
 
 def hcl_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor]) -> torch.Tensor:
-    """Hierarchical context loss (HCL): MSE of the maps, at full size and pooled to 4x4, 2x2, 1x1.
+    """HCL: MSE at full size (weight 1), pooled to 4x4 (1/2), 2x2 (1/4) and 1x1 (1/8), averaged.
 
     Args: student_maps, teacher_maps: one [B,C,H,W] a level; sizes not below H are left out.
     Returns: a scalar, summed over levels. Raises: ValueError if maps differ in number or shape.
@@ -213,11 +211,11 @@ def hcl_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor])
 
 
 @torch.no_grad()
-def compute_class_means(teacher: nn.Module, batches, num_classes: int) -> torch.Tensor:
+def compute_class_means(teacher: torch.nn.Module, batches, num_classes: int) -> torch.Tensor:
     """The teacher's mean embedding of each class, [K,D] float32, for `nd_loss`.
 
-    Args: teacher: put into eval mode, returns (logits, features) with features.embedding [B,D];
-        batches: images, labels [B] of the training set. Raises: ValueError for an empty class.
+    Args: teacher, put into eval mode: (images, return_features=True) -> logits, (.embedding [B,D],
+        ...); batches: images, labels [B] on its device. Raises: ValueError for an empty class.
     """
     teacher.eval()
     sums = counts = 0.0
@@ -225,7 +223,7 @@ def compute_class_means(teacher: nn.Module, batches, num_classes: int) -> torch.
         embedding = teacher(images, return_features=True)[1].embedding.double()
         one_hot = F.one_hot(labels, num_classes).double()  # [B,K]
         sums, counts = sums + one_hot.T @ embedding, counts + one_hot.sum(0)  # [K,D], [K]
-    common.sum_over_ranks(sums, counts)  # under torchrun: each rank saw its part of the images
+    common.sum_over_ranks(sums, counts)  # torchrun: each rank saw its part. In a copy: delete this
     if not counts.all():
         raise ValueError(f"class means: no training image of class {int(counts.argmin())}")
     return (sums / counts[:, None]).float()
@@ -237,18 +235,18 @@ def distill(args: argparse.Namespace) -> dict:
     run = common.Run(args, data)
     recipe = RECIPES.get(args.dataset, RECIPES["cifar"])
 
-    # Networks. Seeded here, so that their start does not depend on what happened before.
+    # Networks. Seeded here, so that the initial weights depend on --seed alone.
     torch.manual_seed(args.seed)
     student = common.build_for(data, args.student, args.pretrained)
     teacher = common.build_for(data, args.teacher) if args.teacher else None
 
     # Auxiliary modules: trained beside the student, discarded after training.
-    auxiliary = nn.ModuleDict({"projector": nn.Identity()})
+    auxiliary = torch.nn.ModuleDict({"projector": torch.nn.Identity()})
     uses_embedding = args.nd_weight or args.direction_weight or args.norm_weight
     if uses_embedding and student.embed_dim != teacher.embed_dim:
-        linear = nn.Linear(student.embed_dim, teacher.embed_dim)
-        layers = nn.BatchNorm1d(student.embed_dim), nn.Dropout(0.5), linear
-        auxiliary["projector"] = nn.Sequential(*layers)
+        linear = torch.nn.Linear(student.embed_dim, teacher.embed_dim)
+        layers = torch.nn.BatchNorm1d(student.embed_dim), torch.nn.Dropout(0.5), linear
+        auxiliary["projector"] = torch.nn.Sequential(*layers)
     base_name = args.base if args.kd_weight else "none"
     if base_name == "reviewkd":
         # Levels, as published: the stage outputs and, deepest, the embedding as a 1x1 map.
@@ -301,7 +299,7 @@ def distill(args: argparse.Namespace) -> dict:
                     teacher_maps = [*teacher_features.preact, teacher_emb[..., None, None]]
                     maps = [m.float() for m in auxiliary["review"](maps, teacher_maps)]
 
-            # Under torchrun every loss sees the whole batch. From here on everything is float32.
+            # Under torchrun losses see the whole batch (not: --gather local). Now float32.
             logits, student_emb, labels = run.all_gather(logits, student_emb, labels)
             if asks_teacher:
                 teacher_logits, teacher_emb = run.all_gather(teacher_logits, teacher_emb)
@@ -342,8 +340,8 @@ RECIPES = {  # the paper's; warm_up: epochs in which the base loss grows to its 
         milestones=(30, 60, 90), warm_up=5, nesterov=True, weight_decay=1e-4, temperature=1.0),
 }
 BASES = {"kd": "KD", "dkd": "DKD", "dist": "DIST", "reviewkd": "ReviewKD"}
-# Loss weights, one for each pair: with ND (++) from the code of its paper, DKD's and ReviewKD's own
-# from their authors' code. KD and DIST alone have the weight that they have with ND.
+# Loss weights, one for each pair. "++": with ND, from its paper's code. DKD, ReviewKD: from their
+# authors' code. KD and DIST have no row of their own: without ND they keep the "++" weight.
 PAPER_WEIGHTS = {
     "cifar": {
         "pairs": ["resnet56 resnet20", "resnet32x4 resnet8x4", "wrn_40_2 wrn_40_1",
@@ -375,7 +373,7 @@ def paper_weights(args, base: str, with_nd: bool) -> tuple[dict, str]:
     column = table["pairs"].index(pair) if pair in table["pairs"] else 0
     flags = {"kd": "kd_weight", "nd": "nd_weight", "alpha": "dkd_alpha", "beta": "dkd_beta"}
     weights = {"kd_weight": 1.0} | {flags[k]: row[column] for k, row in table[name].items()}
-    return weights if with_nd else weights | {"nd_weight": 0.0}, table["pairs"][column]
+    return (weights if with_nd else weights | {"nd_weight": 0.0}), table["pairs"][column]
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -402,8 +400,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     if ablation and args.nd_weight is None:
         args.nd_weight = 0.0
     weights, pair = paper_weights(args, args.base, ablation or args.nd_weight != 0)
+    weights = {k: v for k, v in weights.items() if getattr(args, k) is None}
     print(f"loss weights that are not given are the paper's for {pair}: {weights}")
-    vars(args).update({k: v for k, v in weights.items() if getattr(args, k) is None})
+    vars(args).update(weights)
     if not args.ce_weight and (args.base == "reviewkd" or not args.kd_weight):
         raise common.UserError("--ce-weight 0: nothing else here trains the classifier")
     method = {(0, 0): "CE", (0, 1): "ND", (1, 0): BASES[args.base], (1, 1): f"{BASES[args.base]}++"}
@@ -419,9 +418,10 @@ def main(argv=None) -> dict | list[dict]:
     off = dict(nd_weight=0.0, direction_weight=0.0, norm_weight=0.0)
     ce = dict(off, method="CE", ce_weight=1.0, kd_weight=0.0, dkd_alpha=None, dkd_beta=None)
     kd = ce | paper_weights(args, "kd", with_nd=False)[0] | {"base": "kd", "method": "KD"}
-    # The base loss alone keeps the weights that were given; those that were not are its own.
+    # The base loss alone keeps weights that differ from the default; the others are its own.
     with_nd, alone = (paper_weights(args, args.base, nd)[0] for nd in (True, False))
-    base = {name: alone[name] for name in alone if getattr(args, name) == with_nd[name]}
+    chosen = vars(args) | {"kd_weight": args.kd_weight or with_nd["kd_weight"]}  # 0: ND alone
+    base = {name: alone[name] for name in alone if chosen[name] == with_nd[name]}
     base = dict(base, **off, method=BASES[args.base])
     return common.launch(distill, args, {"ce": ce, "kd": kd, args.base: base})
 

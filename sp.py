@@ -1,7 +1,7 @@
-"""SP: similarity-preserving knowledge distillation, and its neighbours CC, intra and AT.
+"""SP: similarity-preserving knowledge distillation. Related losses: CC, intra (our own) and AT.
 
-Idea: images that look alike to the teacher should look alike to the student, whatever features
-each of the two networks uses.
+Idea: two images that are similar for the teacher should be similar for the student, whichever
+features each of the two networks uses.
 
     Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019, arXiv 1907.09682.
 
@@ -11,10 +11,10 @@ For a batch of B images, q is the last feature map of a network [B,C,H,W], flatt
     relation = |gram_t - gram_s|_F^2 / B^2                                  t: teacher, s: student
     loss     = ce_weight * ce + sp_weight * relation + kd_weight * kd + at_weight * at
 
-Weights 1, 3000 (relation is small: 0.0015 at the start for B = 64), 0, 0; kd is Hinton's at T = 4.
+Weights: 1, 3000, 0, 0 (relation starts near 0.0015 for B = 64); kd: Hinton's, T = 4; at: AT loss.
 The feature maps may differ in channels and size, and nothing is trained beside the student.
 
-    python sp.py --teacher resnet56 --student resnet20      # CIFAR-100, benchmark recipe
+    python sp.py --teacher resnet56 --student resnet20      # CIFAR-100, RepDistiller's recipe
     python sp.py --kd-weight 1 --compare --seeds 0 1 2      # SP+KD, KD and CE, 3 seeds each
     python sp.py --sp-weight 0 --at-weight 1000             # AT; --relation cc or intra: the others
     python sp.py --recipe paper --teacher wrn_16_8 --student wrn_40_2       # CIFAR-10
@@ -22,7 +22,7 @@ The feature maps may differ in channels and size, and nothing is trained beside 
 Measured on CIFAR-100, resnet56 (69.56 %) -> resnet8, a small budget for a CPU (--student resnet8
 --train-size 10000 --epochs 15): top-1 % after the last epoch, mean ± standard deviation over seeds
 0, 1, 2. CE 24.03 ± 0.14, KD 32.03 ± 0.44, SP 27.30 ± 0.40, SP+KD 36.01 ± 0.24. It shows that the
-code works, not what SP gains in 240 epochs. To MobileNetV2 SP harms: CE 19.13, SP 13.51 (n = 1).
+code works, not what SP gains in 240 epochs. SP harms MobileNetV2: CE 19.13, SP 13.51 (n = 3).
 
 Differences from the paper and from other code:
  1. Rows have unit L2 norm, as published (torchdistill: L1); a row of zeros stays zero, not 0/0.
@@ -42,9 +42,9 @@ import torch.nn.functional as F
 
 import common
 
-# The losses. Pass float32: under autocast, call .float() on what the networks return. No gradient
-# reaches the teacher. All but KD stay the same if the features are multiplied by a number, so they
-# divide by the largest first: products neither vanish (tiny features) nor overflow (huge ones).
+# The losses; sp_loss and intra_loss need _gram. Teacher in eval mode. Pass float32: under autocast,
+# use .float() on what the networks return. No gradient reaches the teacher. All but KD ignore the
+# scale of the features; they divide by the largest first, so that nothing overflows or vanishes.
 
 
 def _gram(q: torch.Tensor) -> torch.Tensor:
@@ -60,10 +60,11 @@ def _gram(q: torch.Tensor) -> torch.Tensor:
 def sp_loss(student_map: torch.Tensor, teacher_map: torch.Tensor) -> torch.Tensor:
     """Similarity-preserving loss between the images of a batch: |G_T - G_S|_F^2 / B^2.
 
-    Args: student_map, teacher_map: [B,...] of the same images, B >= 2; the rest may differ.
+    Args: student_map, teacher_map: [B,...], the last maps before pooling, of the same images; their
+        other sizes may differ. B >= 2: one image gives 0.
     Returns: scalar, at most 4/B (2/B if no feature is negative). Raises: ValueError if B differs.
-    Default weight: 3000 at B = 64, where the value starts near 0.0015 (MobileNetV2: 0.004). It
-        falls as 1/B, so under DDP gather the maps of all ranks first.
+    Default weight: 3000 at B = 64, where the value starts near 0.0015 (MobileNetV2: 0.004). The
+        value falls as 1/B: under DDP gather the maps of all ranks first, with gradient.
     Reference: Tung, Mori, ICCV 2019, arXiv 1907.09682.
     """
     if len(student_map) != len(teacher_map):
@@ -79,7 +80,7 @@ def cc_loss(
     """Correlation congruence: |K_T - K_S|_F^2 / B^2, K a Gaussian kernel between the images.
 
     K_ij = exp(-gamma |x_i - x_j|^2) of unit vectors x, that is exp(-2 gamma) exp(2 gamma x_i.x_j);
-    as published, the second factor is its Taylor series up to the square.
+    the last factor, as published, is replaced by 1 + z + z^2/2 with z = 2 gamma x_i.x_j.
     Args: student_emb, teacher_emb: [B,...] of the same images; the rest may differ. gamma: > 0.
     Returns: scalar. Raises: ValueError if B differs.
     Default weight: 100, our choice, as the value starts between 0.005 and 0.06, at any B.
@@ -102,8 +103,8 @@ def cc_loss(
 def intra_loss(student_map: torch.Tensor, teacher_map: torch.Tensor) -> torch.Tensor:
     """SP within an image: similarities between its spatial positions; mean over the images.
 
-    Args: student_map, teacher_map: [B,C,H,W]; the larger is averaged down to the smaller H, W.
-    Returns: scalar, per image |G_T - G_S|_F^2 / (HW)^2; needs [B,HW,HW] of memory.
+    Args: student_map, teacher_map: [B,C,H,W]; both averaged down to the smaller H and smaller W.
+    Returns: scalar, mean over images of |G_T - G_S|_F^2 / (HW)^2; needs [B,HW,HW] of memory.
     Raises: ValueError if these are not two [B,C,H,W] of one B.
     Default weight: 1000 at 8x8, where the value starts near 0.005; it falls about as 1/HW.
     Reference: none, our own variant of sp_loss.
@@ -122,9 +123,9 @@ def at_loss(student_map: torch.Tensor, teacher_map: torch.Tensor) -> torch.Tenso
     """Attention transfer: mean over images and positions of (A_S - A_T)^2.
 
     A: the squared features, averaged over the channels and flattened to [B,HW], of unit L2 norm.
-    Args: student_map, teacher_map: [B,C,H,W]; the larger is averaged down to the smaller H, W.
+    Args: student_map, teacher_map: [B,C,H,W]; both averaged down to the smaller H and smaller W.
     Returns: scalar, at most 2/HW. Raises: ValueError if these are not two [B,C,H,W] of one B.
-    Default weight: 1000 for each pair, as the value starts at 3e-4 (32x32) to 1e-2 (8x8).
+    Usual weight: 1000 for each stage, as the value starts at 3e-4 (32x32) to 1e-2 (8x8).
     Reference: Zagoruyko, Komodakis, ICLR 2017, arXiv 1612.03928; squared as in their code.
     """
     if not student_map.ndim == teacher_map.ndim == 4 or len(student_map) != len(teacher_map):
@@ -155,7 +156,7 @@ def kd_loss(
 
 
 def distill(args) -> dict:
-    """One run, from data to result. It trains teachers too, without a teacher of their own."""
+    """Train a student and return its result; without args.teacher: plain training, of a teacher."""
     data = common.load_data(args)
     run = common.Run(args, data, figures=("similarities.png",) if args.plot else ())
     recipe = RECIPES[args.recipe]
@@ -169,7 +170,7 @@ def distill(args) -> dict:
     if args.at_weight or (args.sp_weight and args.relation != "cc"):
         s, t = student.stage_shapes, teacher.stage_shapes
         if not s or not t:
-            raise common.UserError("no feature maps in this pair: --relation cc, --at-weight 0")
+            raise common.UserError("no feature maps in this pair: use --relation cc --at-weight 0")
         if len(s) != len(t) and (args.at_weight or args.sp_maps == "all"):
             raise common.UserError(f"--at-weight, --sp-maps all: {len(s)} and {len(t)} stages")
         if 1 in (s[-1][-1], t[-1][-1]) and (args.at_weight or args.relation == "intra"):
@@ -188,7 +189,7 @@ def distill(args) -> dict:
     for _ in run.epochs():
         student.train()
         for images, labels in run.batches():
-            # Schedule, in epochs of the full recipe (240: 0 to 239), however long this run is.
+            # Schedule, in epochs of the full recipe: a shorter run has the same shape.
             now = recipe["epochs"] * run.step // run.total_steps
             drops = sum(now >= milestone for milestone in recipe["milestones"])
             common.set_lr(optimizer, args.lr * recipe["factor"] ** drops)
@@ -199,7 +200,7 @@ def distill(args) -> dict:
                 if args.sp_weight or args.kd_weight or args.at_weight:
                     teacher_logits, teacher_features = run.ask(teacher, images)
 
-            # Under torchrun each loss sees the whole batch; all_gather returns float32.
+            # sp, cc, kd: of the whole batch, under torchrun too. all_gather returns float32.
             logits, labels = run.all_gather(logits, labels)
 
             # A term of weight 0 is not computed: it stays 0.0 and is not logged.
@@ -282,8 +283,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--sp-maps", choices=("last", "all"), default="last", help="stages used (default: last)")
     add("--ce-weight", **weight, default=1.0, help="weight of the cross-entropy (default: 1)")
     add("--sp-weight", **weight, help="weight of --relation (default: sp 3000, cc 100, intra 1000)")
-    add("--sp-weight-batch", type=common.positive_int, metavar="N", help="--sp-weight is meant for"
-        " batches of N images: scale it by batch / N (default: off)")
+    add("--sp-weight-batch", type=common.positive_int, metavar="N", help="multiply --sp-weight by"
+        " (batch size) / N, since SP falls as 1 / (batch size) (default: off)")
     add("--kd-weight", **weight, default=0.0, help="weight of KD, usually 1 (default: 0)")
     add("--at-weight", **weight, default=0.0, help="weight of AT, usually 1000 (default: 0)")
     add("--temperature", type=common.positive, default=4.0, help="temperature of KD (default: 4)")
@@ -305,18 +306,19 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.method = "+".join(name for name in terms if terms[name]) or "CE"
     if not args.eval and not args.ce_weight and not args.kd_weight:
         raise common.UserError("--ce-weight 0: nothing else here trains the classifier")
+    if args.sp_weight_batch and args.relation != "sp":
+        raise common.UserError("--sp-weight-batch: only for --relation sp, which depends on it")
     if args.plot and args.method == "CE":
-        raise common.UserError("--plot compares with the CE-only baseline: give a method's weight")
-    if args.plot:
-        common.pyplot()  # fails now, not after the training
+        raise common.UserError("--plot compares a method with CE: give a weight that is not 0")
     return args
 
 
-def main(argv=None) -> dict:
+def main(argv=None) -> dict | list[dict]:
+    """What the shell calls: one run, or those of --seeds and --compare. Returns their results."""
     args = parse_args(argv)
     ce = dict(method="CE", ce_weight=1.0, sp_weight=0.0, kd_weight=0.0, at_weight=0.0, plot=False)
     kd = dict(ce, method="KD", kd_weight=1.0)
-    if args.kd_weight:  # KD as it stands beside the relation
+    if args.kd_weight:  # the KD baseline keeps the ce and kd weights that were given
         kd.update(ce_weight=args.ce_weight, kd_weight=args.kd_weight)
     return common.launch(distill, args, {"ce": ce, "kd": kd}, needed=("ce",) if args.plot else ())
 

@@ -68,6 +68,10 @@ def test_commands_run(cwd, few_shapes, any_teacher_passes, monkeypatch, capsys, 
                 folder.mkdir(parents=True)
                 os.link("data/cifar100/train/class00/0.png", folder / "0.png")
         command += " --image-size 16 --workers 0"
+    if "--pretrained-teacher --teacher" in command:
+        monkeypatch.setenv("TORCH_HOME", str(cwd))
+        Path("hub/checkpoints").mkdir(parents=True)
+        teacher_file("hub/checkpoints/cifar100_resnet56-f2eff4c8.pt", "resnet8", 20)
     for name in set(re.findall(r"[\w./-]+\.pth?\b", command)):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         network = re.search(r"--student (\S+)", command) if "student" in name else None
