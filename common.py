@@ -13,6 +13,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -49,12 +50,9 @@ try:
 except ImportError:  # Windows: no lock on the run's folder, no count of memory
     fcntl = resource = None
 
-# ---------------------------------------------------------------------------------------------
-# Errors, signals and exit codes
-#
+# --- Errors, signals and exit codes ----------------------------------------------------------
 # A user sees one line that says what to do, never a traceback. A run that is asked to stop saves
 # everything first; files are only ever replaced whole, so that even SIGKILL loses minutes at most.
-# ---------------------------------------------------------------------------------------------
 
 
 class UserError(ValueError):
@@ -82,25 +80,17 @@ def _on_signal(number, _frame):
     _Signals.pending = _Signals.pending or number
 
 
-_OUT_OF_MEMORY = "out of memory: lower --batch-size, --train-size or --image-size"
-_ADVICE = {  # words of an error of PyTorch -> what the user reads; after a colon, the error itself
-    "out of memory": _OUT_OF_MEMORY,
-    "allocate memory": _OUT_OF_MEMORY,
-    "ALLOC_FAILED": _OUT_OF_MEMORY,
-    "MemoryError": _OUT_OF_MEMORY,
-    "DataLoader worker (pid": "a DataLoader worker was killed, possibly out of memory; reduce"
+_LOST_RANK = "another rank has stopped, so all stop; --resume continues"
+_ADVICE = {  # words of an error that is not a bug of this program -> what the user reads before it
+    "out of memory|allocate memory|ALLOC_FAILED|MemoryError": "out of memory: lower --batch-size,"
+    " --train-size or --image-size",
+    "DataLoader worker .pid": "a DataLoader worker was killed, possibly out of memory; reduce"
     " --workers and continue with --resume",
-    "deterministic implementation": "--deterministic is not possible on this GPU:",
-    "torch._dynamo": "torch.compile does not work here; leave --compile out:",
-    "torch._inductor": "torch.compile does not work here; leave --compile out:",
+    "deterministic implementation": "--deterministic is not possible on this GPU",
+    "torch._dynamo|torch._inductor": "torch.compile does not work here; leave --compile out",
+    "ncclInvalidUsage": "two ranks cannot share a GPU; start as many as there are GPUs",
+    r"closed by peer|reset by peer|Broken pipe|Dist\w*Error": _LOST_RANK,
 }
-
-
-def _advice(error):
-    """The line for an error that is not a bug of this program, else None."""
-    text = f"{type(error).__module__}.{type(error).__name__} {error}"
-    advice = next((line for words, line in _ADVICE.items() if words in text), None)
-    return f"{advice} {text.splitlines()[0]}" if advice and advice[-1] == ":" else advice
 
 
 def run_program(main, argv: list[str] | None = None) -> int:
@@ -109,7 +99,7 @@ def run_program(main, argv: list[str] | None = None) -> int:
     Returns: 0 done; 2 bad input, with one `error:` line on stderr; 1 another rank was lost;
         128 + n ended by signal n, with everything saved.
     """
-    _Signals.waiting, _Signals.pending = False, 0
+    _Signals.waiting, _Signals.pending, status = False, 0, 2
     for stream in (sys.stdout, sys.stderr):  # file names need not be text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -129,20 +119,19 @@ def run_program(main, argv: list[str] | None = None) -> int:
         where = error.filename or ("the output" if error.errno == errno.ENOSPC else "")
         message = f"{where}: {error.strerror or error}".removeprefix(": ")
     except (MemoryError, RuntimeError) as error:
-        if lost_rank(error):
-            if rank() == 0:
-                print("another rank has stopped, so all stop; --resume continues", file=sys.stderr)
-            return 1
-        message = _advice(error)
-        if message is None:
+        text = f"{type(error).__name__} {error}".splitlines()
+        origin = f"{type(error).__module__}.{' '.join(text)}"
+        advice = [line for words, line in _ADVICE.items() if re.search(words, origin)]
+        if not advice:
             raise
+        message, status = f"{advice[0]} ({text[0]})", 1 if advice[0] == _LOST_RANK else 2
     except Stopped as stop:
         if rank() == 0:
             print(f"\nstopped by signal {stop.args[0]}; --resume continues", file=sys.stderr)
         return 128 + stop.args[0]
     if first_to_fail():
         print("error: " + message.replace("\n", " "), file=sys.stderr)
-    return 2
+    return status
 
 
 class Parser(argparse.ArgumentParser):
@@ -157,14 +146,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists every flag)")
 
 
-# ---------------------------------------------------------------------------------------------
-# Several ranks, one per GPU: `torchrun --nproc_per_node=N nd.py ...`
-#
+# --- Several ranks, one per GPU: `torchrun --nproc_per_node=N nd.py ...` ---------------------
 # Losses between samples need the whole batch, so this is not DistributedDataParallel. Every rank
-# takes its share of the images of each batch; `all_gather` brings together what the losses compare,
-# so that every rank computes the loss of the whole batch; `average_gradients` then combines the
+# takes its share of the images of each batch; `Run.all_gather` brings together what losses compare,
+# so that every rank computes the loss of the whole batch; `Run.average_gradients` then combines the
 # gradients. Only rank 0 prints and writes files. One rank alone: nothing here has an effect.
-# ---------------------------------------------------------------------------------------------
 
 
 def world() -> int:
@@ -192,24 +178,19 @@ def join_ranks(argv: list[str]):
         if 1 < gpus < here:  # one visible GPU: each rank may have been given its own
             raise UserError(f"torchrun: {here} ranks for {gpus} GPUs; use --nproc_per_node={gpus}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
-    with contextlib.ExitStack() as silence:
-        for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
-            if rank() > 0:
-                silence.enter_context(redirect(open(os.devnull, "w", errors="replace")))
-        yield
+    with open(os.devnull, "w", errors="replace") as nowhere:
+        out, err = (nowhere, nowhere) if rank() > 0 else (sys.stdout, sys.stderr)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
     dist.destroy_process_group()  # not after an error: the other ranks might never get here
-
-
-def lost_rank(error: BaseException) -> bool:
-    """Whether this error means that another rank has stopped, as NCCL or gloo reports it."""
-    if isinstance(error, dist.DistError):  # invalid usage: two ranks on one GPU, for example
-        return not any(words in str(error) for words in ("ncclInvalidUsage", "out of memory"))
-    return any(words in str(error) for words in ("closed by peer", "reset by peer", "Broken pipe"))
 
 
 def first_to_fail() -> bool:
     """Whether this rank prints the error: all ranks meet the same bad input, and one says so."""
-    return world() == 1 or dist.distributed_c10d._get_default_store().add("errors", 1) == 1
+    try:
+        return world() == 1 or dist.distributed_c10d._get_default_store().add("errors", 1) == 1
+    except dist.DistError:  # the rank that held the count has said so, and gone
+        return False
 
 
 def gather_objects(value) -> list:
@@ -281,40 +262,6 @@ class _AllGather(torch.autograd.Function):
         return gradient[ctx.mine], None
 
 
-def all_gather(*tensors: Tensor, local: bool = False) -> tuple[Tensor, ...]:
-    """The tensors of the whole batch [B,...], from this rank's share of it [b,...]: differentiable.
-    Half precision becomes float32; with `local` that is all."""
-    half = (torch.bfloat16, torch.float16)
-    tensors = tuple(t.float() if t.dtype in half else t for t in tensors)
-    if world() == 1 or local:
-        return tensors
-    total = torch.tensor(len(tensors[0]))  # on the CPU: a GPU would have to finish its work first
-    sum_over_ranks(total)
-    return tuple(_AllGather.apply(tensor, int(total)) for tensor in tensors)
-
-
-def mean_over_ranks(loss: Tensor, images: int) -> Tensor:
-    """The loss of the whole batch, from the mean over this rank's `images`: differentiable, for
-    losses of one image at a time, whose inputs would be large to all-gather."""
-    if world() == 1:
-        return loss
-    total = torch.tensor(images)
-    sum_over_ranks(total)
-    return _AllGather.apply((loss * (images / int(total)))[None], world()).sum()
-
-
-def average_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Replace the gradients of everything the optimizer trains by their mean over the ranks."""
-    if world() > 1:
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients = [p.grad for p in trained if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        flat /= world()
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
-            gradient.copy_(mean.view_as(gradient))
-
-
 def broadcast(tensors) -> None:
     """Overwrite each tensor by that of rank 0."""
     if world() > 1:
@@ -327,13 +274,10 @@ def take_buffers(model: nn.Module) -> None:
     broadcast(model.buffers())
 
 
-# ---------------------------------------------------------------------------------------------
-# Networks: the 22 of the RepDistiller zoo for 32-pixel images, and wrn_16_8
-#
+# --- Networks: the 22 of the RepDistiller zoo for 32-pixel images, and wrn_16_8 --------------
 # Attribute names are those of the published checkpoints, so that state dicts load key for key.
 # Every block returns its value BEFORE the last ReLU and the network applies the ReLU, because some
 # methods (ReviewKD) compare that value. Every network ends in a global average pool.
-# ---------------------------------------------------------------------------------------------
 
 
 class Features(NamedTuple):
@@ -627,19 +571,17 @@ ZOO = {  # name -> class, and its arguments before the number of classes
 }
 
 
-# ---------------------------------------------------------------------------------------------
-# Networks by name: the zoo's and torchvision's classifiers
-#
+# --- Networks by name: the zoo's and torchvision's classifiers -------------------------------
 # Every network answers `network(x)` with logits and `network(x, return_features=True)` with
 # (logits, Features). In torchvision's, forward hooks record these; state dicts stay torchvision's.
-# ---------------------------------------------------------------------------------------------
 
 
 def model_names() -> list[str]:
     """Every name that `build_model` takes: the zoo's first, then torchvision's classifiers."""
     names = torchvision.models.list_models(module=torchvision.models)
-    # squeezenet classifies by a convolution: it has no embedding. vgg11, 13, 16, 19: the zoo's.
-    return [*ZOO, *(n for n in names if n not in ZOO and not n.startswith("squeezenet"))]
+    # squeezenet classifies by a convolution: no embedding. The others have several classifiers.
+    odd = ("squeezenet", "googlenet", "inception")
+    return [*ZOO, *(n for n in names if n not in ZOO and not n.startswith(odd))]
 
 
 def build_model(name: str, num_classes: int, pretrained: bool = False) -> nn.Module:
@@ -654,19 +596,16 @@ def build_model(name: str, num_classes: int, pretrained: bool = False) -> nn.Mod
         return net
     if name not in model_names():
         raise UserError(f"unknown model '{name}'{nearest(name, model_names())}")
-    options = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-    if pretrained:  # of two sets of weights the older, from which papers start
-        weights = torchvision.models.get_model_weights(name)
-        options["weights"] = getattr(weights, "IMAGENET1K_V1", weights.DEFAULT)
-    else:
-        options["num_classes"] = num_classes
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice on how to initialise googlenet faster
-        try:
-            with one_rank_first() if pretrained else contextlib.nullcontext():  # one download
-                net = torchvision.models.get_model(name, **options)
-        except OSError as error:
-            raise UserError(f"cannot download the weights of {name}: {error}") from None
+    if not pretrained:
+        net = torchvision.models.get_model(name, num_classes=num_classes)
+        return _with_features(net, name, num_classes)
+    weights = torchvision.models.get_model_weights(name)
+    weights = getattr(weights, "IMAGENET1K_V1", weights.DEFAULT)  # the older, as in papers
+    try:
+        with one_rank_first():  # one download
+            net = torchvision.models.get_model(name, weights=weights)
+    except OSError as error:
+        raise UserError(f"cannot download the weights of {name}: {error}") from None
     return _with_features(net, name, num_classes)
 
 
@@ -684,33 +623,25 @@ def _with_features(net, name, num_classes):
     taps = [] if hasattr(net, "conv_proj") else taps  # conv_proj: a vision transformer's
     channels_last = type(net).__name__ == "SwinTransformer"
 
+    def record(module, inputs, output):
+        module.seen = (inputs[0], output)  # on the module: a deep copy of the network has its own
+
     class WithFeatures(type(net)):
         def forward(self, x, return_features=False):
-            if not return_features:
-                return super().forward(x)
-            recorded = [self.get_submodule(path) for path in (*taps, head)]
-            for module in recorded:
-                module.seen = ()  # asks `_record` for input and output
             logits = super().forward(x)
+            recorded = [self.get_submodule(path) for path in (*taps, head)]
             embedding, maps = recorded[-1].seen[0], [module.seen[1] for module in recorded[:-1]]
             for module in recorded:
                 module.seen = None  # frees the tensors
             maps = [m.permute(0, 3, 1, 2) if channels_last else m for m in maps if m.dim() == 4]
             if not stages:
                 maps = list({m.shape[-1]: m for m in maps}.values())
-            return logits, Features(embedding, maps, maps)
+            return (logits, Features(embedding, maps, maps)) if return_features else logits
 
     net.__class__, net.name = WithFeatures, name
     for module in map(net.get_submodule, (*taps, head)):
-        module.seen = None
-        module.register_forward_hook(_record)
+        module.register_forward_hook(record)
     return net
-
-
-def _record(module, inputs, output):
-    """Keeps what it sees on the module itself, so that a deep copy of the network has its own."""
-    if module.seen is not None:
-        module.seen = (inputs[0], output)
 
 
 def _head_path(net):
@@ -734,9 +665,9 @@ def build_for(data: "Data", name: str, pretrained: bool = False) -> nn.Module:
 def try_on(net: nn.Module, data: "Data") -> nn.Module:
     """Set `.embed_dim` and `.stage_shapes`, a list of (C, H, W), by a trial; -> the network.
     UserError: it does not take images of this size."""
-    images = data.first_images().to(next(net.parameters()).device)
+    images, _ = next(data.batches("test", 2, last=1))
     try:
-        features = net.eval()(images, return_features=True)[1]
+        features = net.eval()(images.to(next(net.parameters()).device), return_features=True)[1]
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(
             f"{net.name} does not take {data.image_size}-pixel images"
@@ -758,17 +689,17 @@ def load_model(name: str, path: str | Path) -> nn.Module:
 
 
 def nearest(word: str, words: list[str]) -> str:
-    """The end of an error message: the words most like an unknown one."""
-    close = difflib.get_close_matches(word, words, 3, 0.4)
-    return f": did you mean {', '.join(close)}?" if close else f": one of {', '.join(words[:30])}"
+    """The end of an error message: the words most like an unknown one, whatever their case."""
+
+    def likeness(other):
+        return difflib.SequenceMatcher(None, word.lower(), other.lower()).ratio()
+
+    return f": did you mean {', '.join(sorted(words, key=likeness, reverse=True)[:3])}?"
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
-#
+# --- Checkpoints -----------------------------------------------------------------------------
 # Weights come from strangers and from stopped programs. Reading runs no code from the file, and a
 # file that is damaged or of another network is one line of error, not a traceback.
-# ---------------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path: str | Path):
@@ -837,13 +768,10 @@ def state_hash(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------------------------
-# Data: a whole set as uint8 on the device, or ImageNet decoded by workers
-#
+# --- Data: a whole set as uint8 on the device, or ImageNet decoded by workers ----------------
 # Small sets lie on the device and are augmented there, a batch at a time, which no DataLoader can
 # match in speed. Everything random is drawn on the CPU from the seed of the pass: the same seed
 # gives the same batches on CPU and GPU, with any number of workers, and from any batch on.
-# ---------------------------------------------------------------------------------------------
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STATS = {  # mean and standard deviation of the training pixels, R G B, as commonly used
@@ -899,14 +827,7 @@ class Data:
         return self.batches("train", batch_size, seed, True, first, last, shared=True)
 
     def batches(
-        self,
-        split: str,
-        batch_size: int,
-        seed: int | None = None,
-        augment: bool = False,
-        first: int = 0,
-        last: int | None = None,
-        shared: bool = False,
+        self, split: str, batch_size, seed=None, augment=False, first=0, last=None, shared=False
     ):
         """One pass over "train" or "test", or its batches `first` to `last` - 1.
 
@@ -947,10 +868,6 @@ class Data:
 
     def _normalised(self, images):  # [B,S,S,3] uint8 -> [B,3,S,S], channels last in memory
         return images.permute(0, 3, 1, 2).float().sub_(self.mean).div_(self.std)
-
-    def first_images(self, count: int = 2) -> Tensor:
-        """The first test images, to try a network on."""
-        return next(self.batches("test", count, last=1))[0]
 
     def test_batch(self, per_class: int, classes: int) -> tuple[Tensor, Tensor]:
         """The first test images of each of the first classes, sorted by class, for figures."""
@@ -1009,16 +926,16 @@ class _Decoder:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)  # the CPU's: a GPU's is the run's
                 images.append(np.array(self.transform(image)))
-        return np.stack(images), self.labels[self.order[part]]
+        return np.stack(images), self.labels[self.order[part]].numpy()
 
 
 def read_in_workers(dataset, workers: int, **plan):
-    """What a DataLoader yields, as lists. Workers send numpy arrays through pipes, since tensors
-    need shared memory, and are forked where possible, to inherit the list of files."""
+    """What a DataLoader yields, as lists. The data set makes numpy arrays, which workers send
+    through pipes (tensors need shared memory); these are forked, to inherit the list of files."""
     loader = torch.utils.data.DataLoader(
         dataset,
         num_workers=workers,
-        collate_fn=_as_arrays,
+        collate_fn=list,
         worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # its own, or it would draw from the run's
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -1026,10 +943,6 @@ def read_in_workers(dataset, workers: int, **plan):
     )
     for batch in loader:
         yield [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in batch]
-
-
-def _as_arrays(batch):
-    return [x.numpy() if torch.is_tensor(x) else x for x in batch]
 
 
 def _ignore_signals(_worker):
@@ -1044,19 +957,17 @@ def cores() -> int:
     return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-# ---------------------------------------------------------------------------------------------
-# Loading: from --dataset and --data-dir to a Data
-#
+# --- Loading: from --dataset and --data-dir to a Data ----------------------------------------
 # Whatever the source (torchvision's files, an ImageFolder layout, the synthetic images), the result
 # is two splits with class labels. Bad input is found here, before any long work.
-# ---------------------------------------------------------------------------------------------
 
 _LOADED: dict = {}  # the last data set, for the next run in this process
 
 
 def load_data(args) -> Data:
     """The data set of the command line, on its device. UserError: it cannot be read."""
-    fill_image_size(args)
+    if args.image_size is None:
+        args.image_size = 224 if args.dataset == "imagenet" else 32
     device = pick_device(args.device)
     key = (args.dataset, args.data_dir, args.image_size, args.train_size, args.val_size, device)
     if key not in _LOADED:
@@ -1066,12 +977,6 @@ def load_data(args) -> Data:
         with one_rank_first():  # downloads and decodes
             _LOADED[key] = _read_data(args, device)
     return _LOADED[key]
-
-
-def fill_image_size(args) -> None:
-    """The data set's own size, where --image-size is not given."""
-    if args.dataset in STATS and args.image_size is None:
-        args.image_size = 224 if args.dataset == "imagenet" else 32
 
 
 def _read_data(args, device):
@@ -1127,8 +1032,6 @@ def _read_torchvision(name, root, size):
         options = {"train": split == "train"} if is_cifar else {"split": split}
         try:
             data = getattr(torchvision.datasets, name.upper())(root, download=True, **options)
-        except ImportError:
-            raise UserError(f"--dataset {name} needs scipy: pip install scipy") from None
         except Exception as error:  # each set fails in its own way; none leaves usable data
             reason = [*str(error).splitlines(), type(error).__name__][0]
             raise UserError(
@@ -1142,15 +1045,12 @@ def _read_torchvision(name, root, size):
     return *splits, list(getattr(data, "classes", map(str, range(10))))
 
 
-def _resize(images, size):
+def _resize(images, size):  # [N,S,S,3] uint8
     if images.shape[1] == size:
         return images.contiguous()
-    resized = []
-    for chunk in images.split(1000):  # [N,S,S,3] uint8
-        x = chunk.permute(0, 3, 1, 2).float()
-        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-        resized.append(x.round().clamp(0, 255).byte().permute(0, 2, 3, 1))
-    return torch.cat(resized).contiguous()
+    chunks = (chunk.permute(0, 3, 1, 2).float() for chunk in images.split(1000))
+    resized = [transforms.functional.resize(x, [size, size]).round().byte() for x in chunks]
+    return torch.cat(resized).permute(0, 2, 3, 1).contiguous()
 
 
 def _images_under(folder):
@@ -1210,33 +1110,26 @@ def _decoded(paths, labels, root, name, args):
                 images[row] = image
         return images
 
-    made_by = {"listing": hashlib.sha256(os.fsencode("".join(listing))).hexdigest()}
+    made_by = {"format": 2, "listing": hashlib.sha256(os.fsencode("".join(listing))).hexdigest()}
     return cached(cache, made_by, decode_all, together=False)
 
 
 def read_rgb(path, upright: bool = False) -> Image.Image:
-    """Any image as RGB: grey, palette, CMYK, 16 bits. UserError: it cannot be read.
+    """Any image of 8 bits as RGB: grey, palette, CMYK. UserError: it cannot be read.
     upright: turned as its EXIF data says, and not as stored, which annotations refer to."""
     try:
         with Image.open(path) as file:
             file = ImageOps.exif_transpose(file) if upright else file
-            if file.mode[0] in "IF":  # convert() would clip 16 bits instead of scaling them
-                values, deep = np.asarray(file), file.format in ("PNG", "PPM")
-                if file.mode == "F" or values.min() < 0 or values.max() > 65535:
-                    raise ValueError("it is unclear which of its values is white")
-                deep = deep or file.mode != "I" or values.max() > 255  # else 8 bits in 32
-                file = Image.fromarray((values >> 8 if deep else values).astype(np.uint8))
+            if file.mode[0] in "IF":  # which of its values is white? convert() would clip them
+                raise ValueError("more than 8 bits a channel: convert it to 8")
             return file.convert("RGB")
     except Exception as error:  # Pillow raises many kinds for a damaged file
         raise UserError(f"{path}: cannot be read as an image ({error}); replace it") from None
 
 
-# ---------------------------------------------------------------------------------------------
-# Synthetic images: a data set without files
-#
+# --- Synthetic images: a data set without files ----------------------------------------------
 # `--dataset shapes` lets every script run anywhere within minutes. Committed results rest on these
 # images, so nothing here may change a pixel.
-# ---------------------------------------------------------------------------------------------
 
 SHAPES = ("disc", "triangle", "square", "star", "cross", "ring")
 TEXTURES = ("plain", "stripes", "checks", "dots")
@@ -1315,12 +1208,9 @@ def draw_shapes(count: int, seed: int, size: int = 32) -> Split:
     return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
 
 
-# ---------------------------------------------------------------------------------------------
-# Files of a run: replaced whole or not at all
-#
+# --- Files of a run: replaced whole or not at all --------------------------------------------
 # Training is long and machines stop. Whatever is written is written beside its target, synced and
 # renamed, and a run continues with --resume to the same bits as if it had never stopped.
-# ---------------------------------------------------------------------------------------------
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -1407,45 +1297,34 @@ class TeacherCache:
     """
 
     def __init__(self, args, data, teacher, epochs: int):
-        self.args, self.device, self.noted = args, data.device, False
+        self.args, self.device, self.epoch, self.noted = args, data.device, None, False
         self.widths = [data.num_classes, teacher.embed_dim]
-        key = dict(format=1, teacher=teacher.hash, data=[data.name, data.fingerprint])
-        key |= dict(size=data.image_size, seed=args.seed, batch_size=args.batch_size)
-        key |= dict(precision=args.precision, world=world(), torch=torch.__version__)
-        key |= dict(device=device_name(data.device))  # bits differ between kinds of processor
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        key = [1, teacher.hash, data.name, data.fingerprint, data.image_size, args.seed]
+        key += [args.batch_size, args.precision, world(), torch.__version__]
+        key += [device_name(data.device)]  # bits differ between kinds of processor
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         self.folder = Path(args.teacher_cache) / name
-        self.epoch, self.content, self.filling = None, None, None
         full, rest = divmod(data.train_images, args.batch_size)
-        self.batch_rows = len(range(args.batch_size)[share(args.batch_size)])
-        used = data.steps(args.batch_size) > full  # the last, smaller batch
-        self.shape = full * self.batch_rows + used * len(range(rest)[share(rest)]), sum(self.widths)
-        self._make_room(epochs)
-
-    def _make_room(self, epochs):
-        """Raises: UserError if the folder cannot be written, or the disk has not the room."""
+        sizes = [args.batch_size] * full + [rest]
+        rows = [len(range(n)[share(n)]) for n in sizes[: data.steps(args.batch_size)]]
+        self.batch_rows, self.shape = rows[0], (sum(rows), sum(self.widths))
+        size = 4 * self.shape[0] * self.shape[1] / 1e9  # of an epoch, in GB
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.folder).free
+            (self.folder / f".{os.getpid()}").touch()  # is it writable?
+            (self.folder / f".{os.getpid()}").unlink()
+            free = shutil.disk_usage(self.folder).free / 1e9
             for path in self.folder.glob("*.tmp"):  # of a run that was killed
                 if time.time() - path.stat().st_mtime > 3600:
                     path.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"--teacher-cache {self.folder}: {error.strerror}") from None
-        if not os.access(self.folder, os.W_OK):
-            raise UserError(f"--teacher-cache {self.folder}: cannot be written")
         missing = sum(self._find(epoch) is None for epoch in range(epochs))
-        size = 4 * self.shape[0] * self.shape[1]
-        print(
-            f"teacher cache: {self.folder}, {epochs * size / 1e9:.2f} GB a rank for {epochs} epochs"
-            f", {missing} of them still to be computed",
-            flush=True,
-        )
+        whole = f"{epochs * size:.2f} GB a rank for {epochs} epochs, {missing} of them to compute"
+        print(f"teacher cache: {self.folder}, {whole}", flush=True)
         if missing * size > free:
-            raise UserError(
-                f"--teacher-cache {self.folder}: needs {missing * size / 1e9:.2f} GB, the disk has"
-                f" {free / 1e9:.2f} GB free; choose another folder or fewer --epochs"
-            )
+            problem = f"needs {missing * size:.2f} GB, the disk has {free:.2f} GB free"
+            raise UserError(f"--teacher-cache {self.folder}: {problem}; choose another folder")
 
     def _find(self, epoch):
         return next(self.folder.glob(f"epoch{epoch}-rank{rank()}-*.npy"), None)
@@ -1550,7 +1429,8 @@ class Run:
             self.saved = read_last(self.last)
             then, now = self.saved["args"], lasting(args)
             if changed := _changed(then, now):
-                was = ", ".join(f"{flag(k)} {then.get(k)} (now {now[k]})" for k in changed)
+                flags = {k: "number of ranks" if k == "ranks" else flag(k) for k in changed}
+                was = ", ".join(f"{flags[k]} {then.get(k)} (now {now[k]})" for k in changed)
                 raise UserError(
                     f"--resume: {self.dir} was started with {was}; give the same again, or move"
                     " that folder away"
@@ -1575,11 +1455,8 @@ class Run:
             for half_written in self.dir.glob(f"{name}.*.tmp"):
                 half_written.unlink()
         if self.args.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--tensorboard: pip install tensorboard first") from None
-            self.board = SummaryWriter(self.dir / "tensorboard", purge_step=0)
+            writer = optional("torch.utils.tensorboard", "--tensorboard").SummaryWriter
+            self.board = writer(self.dir / "tensorboard", purge_step=0)
 
     def start(self, teacher: nn.Module | None = None, **objects) -> None:
         """Begin, or continue under --resume, with everything that the run trains or rests on.
@@ -1620,12 +1497,11 @@ class Run:
     def _set_aside(self):
         """Move the files of an earlier run to a folder old1, old2, ...: nothing is overwritten."""
         names = [n for n in self.files if (self.dir / n).exists() and n != "tensorboard"]
+        aside = self.dir / f"old{1 + len([*self.dir.glob('old*')])}"
+        for name in names:
+            aside.mkdir(exist_ok=True)
+            (self.dir / name).rename(aside / name)
         if names:
-            number = 1 + len([*self.dir.glob("old*")])
-            aside = self.dir / f"old{number}"
-            aside.mkdir()
-            for name in names:
-                (self.dir / name).rename(aside / name)
             print(f"note: the run that was in {self.dir} is kept in {aside}", file=sys.stderr)
 
     def _restore(self):
@@ -1653,7 +1529,8 @@ class Run:
 
     def _save(self, step=0, meter=None):
         for name, value in self.objects.items():
-            if isinstance(value, nn.Module) and not all_finite(value):
+            tensors = value.state_dict().values() if isinstance(value, nn.Module) else ()
+            if not all(torch.isfinite(tensor).all() for tensor in tensors):
                 raise UserError(
                     f"weights of the {name} became infinite or nan in epoch"
                     f" {len(self.history) + (meter is not None)}: lower --lr (of a teacher:"
@@ -1683,10 +1560,7 @@ class Run:
         """
         first, last = self.done_in_epoch, self.total_steps - self.epoch * self.steps
         last = min(self.steps, last)
-        self.meter = Meter(self)
-        if self.saved_meter:
-            self.meter.restore(self.saved_meter)
-            self.saved_meter = None
+        self.meter, self.saved_meter = Meter(self, self.saved_meter), None
         seed = self.args.seed * 100_003 + self.epoch  # another for every seed and epoch
         _Signals.waiting = True
         batches = self.data.train_batches(self.args.batch_size, seed, first, last)
@@ -1716,16 +1590,35 @@ class Run:
         return self.cache.ask(teacher, images, self.epoch, self.step % self.steps)
 
     def all_gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The same tensors for the whole batch, from all ranks, in float32 or better [B,...]."""
-        return all_gather(*tensors, local=self.args.gather == "local")
+        """The tensors of the whole batch [B,...], from this rank's share of it [b,...]; half
+        precision becomes float32. Differentiable."""
+        half = (torch.bfloat16, torch.float16)
+        tensors = tuple(t.float() if t.dtype in half else t for t in tensors)
+        if world() == 1 or self.args.gather == "local":
+            return tensors
+        total = torch.tensor(len(tensors[0]))  # on the CPU: a GPU would have to finish first
+        sum_over_ranks(total)
+        return tuple(_AllGather.apply(tensor, int(total)) for tensor in tensors)
 
     def mean_over_ranks(self, loss: Tensor, images: int) -> Tensor:
-        """The whole batch's loss, from the mean over this rank's `images` of it."""
-        return loss if self.args.gather == "local" else mean_over_ranks(loss, images)
+        """The loss of the whole batch, from the mean over this rank's `images`: differentiable, for
+        losses of one image at a time, whose inputs would be large to all-gather."""
+        if world() == 1 or self.args.gather == "local":
+            return loss
+        total = torch.tensor(images)
+        sum_over_ranks(total)
+        return _AllGather.apply((loss * (images / int(total)))[None], world()).sum()
 
     def average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give all that the optimizer trains the mean of the ranks' gradients."""
-        average_gradients(optimizer)
+        """Give everything that the optimizer trains the mean of the ranks' gradients."""
+        if world() > 1:
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            gradients = [p.grad for p in trained if p.grad is not None]
+            flat = torch.cat([g.flatten() for g in gradients])
+            dist.all_reduce(flat)
+            flat /= world()
+            for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
+                gradient.copy_(mean.view_as(gradient))
 
     def log(self, terms: dict, samples, logits: Tensor | None = None) -> None:
         """Count one step.
@@ -1740,7 +1633,8 @@ class Run:
         """Print and keep the epoch's metrics and scores, and everything needed to go on."""
         lr = self.objects["optimizer"].param_groups[0]["lr"]
         metrics = self.metrics | scores | {"lr": lr}
-        self.meter.report(metrics, scores)
+        first = next(iter(scores))  # of detection's many
+        self.meter.show(self.metrics | {first: scores[first], "lr": lr})
         self.history.append(metrics)
         self._save()
         if rank() == 0:
@@ -1788,12 +1682,6 @@ class Run:
         return result
 
 
-def all_finite(module: nn.Module) -> bool:
-    """No weight of the module is infinite or nan. Reads from the device once."""
-    checks = [torch.isfinite(tensor).all() for tensor in module.state_dict().values()]
-    return not checks or bool(torch.stack(checks).all())
-
-
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name()
@@ -1828,13 +1716,19 @@ class Meter:
     before anything is saved, so that a GPU is rarely waited for.
     """
 
-    def __init__(self, run):
+    def __init__(self, run, saved: dict | None):
         self.run, self.rows, self.counts = run, [], []
-        self.images, self.steps, self.sums, self.names = 0, 0, 0.0, ()
+        vars(self).update(saved or dict(images=0, steps=0, sums=0.0, names=(), seconds=0.0))
         # The ranks log a share of each batch, or all of them all of it.
         self.shares = 1 if getattr(run.args, "gather", "local") == "global" else world()
-        self.start = self.shown = time.perf_counter()
+        self.shown = time.perf_counter()
+        self.start = self.shown - self.seconds
         self.live = bool(sys.stdout) and sys.stdout.isatty()
+
+    def state(self) -> dict:
+        """What a checkpoint within an epoch needs of it."""
+        self.seconds = time.perf_counter() - self.start
+        return {k: getattr(self, k) for k in ("images", "steps", "sums", "names", "seconds")}
 
     @torch.no_grad()
     def add(self, terms: dict, samples, logits: Tensor | None) -> None:
@@ -1851,8 +1745,7 @@ class Meter:
             self.shown = time.perf_counter()
             self.read()
             if self.live:
-                width = shutil.get_terminal_size().columns - 1  # \r cannot go back over a wrap
-                print(f"\r{self._line()[:width]}\x1b[K", end="", flush=True)
+                self.show(self.metrics(), end="")
 
     def read(self, where: str = "") -> None:
         """Add up the rows so far. Raises: UserError if a loss term is infinite or nan."""
@@ -1872,64 +1765,45 @@ class Meter:
         self.sums = self.sums + (rows * torch.tensor(self.counts)[:, None]).sum(0)
         self.rows, self.counts = [], []
 
-    def state(self) -> dict:
-        """All of it, for a checkpoint within an epoch."""
-        kept = {name: getattr(self, name) for name in ("images", "steps", "sums", "names")}
-        return kept | {"seconds": time.perf_counter() - self.start}
-
-    def restore(self, state: dict) -> None:
-        self.start -= state.pop("seconds")
-        vars(self).update(state)
-
-    def _means(self):
-        """-> the terms' means by name, and top-1 in %, or None in detection."""
+    def metrics(self) -> dict:
+        """The means so far, train top-1 in % (not in detection), seconds and images/s."""
         means = (self.sums / self.images).tolist()
-        top1 = 100 * means[-1] if len(means) > len(self.names) else None
-        return dict(zip(self.names, means)), top1
-
-    def _line(self, metrics=None):
-        run, (terms, top1) = self.run, self._means()
-        seconds = metrics["seconds"] if metrics else time.perf_counter() - self.start
-        left = int((run.total_steps - run.step - 1) * seconds / self.steps)
-        rate = self.images * self.shares / seconds
-        line = f"epoch {run.epoch + 1:3d}/{run.num_epochs}  {rate:6.{0 if rate > 99 else 1}f}"
-        line += f" images/s  {datetime.timedelta(seconds=left)} left  "  # first: lines may be cut
-        line += "  ".join(f"{name} {value:#.3g}" for name, value in terms.items())
-        return line if top1 is None else f"{line}  train {top1:5.2f} %"
+        metrics = {"epoch": self.run.epoch + 1}
+        metrics |= {name: float(f"{mean:.6g}") for name, mean in zip(self.names, means)}
+        if len(means) > len(self.names):
+            metrics["train_top1"] = round(100 * means[-1], 3)
+        seconds = time.perf_counter() - self.start
+        rate = round(self.images * self.shares / seconds, 1)
+        return metrics | {"seconds": round(seconds, 3), "images_per_second": rate}
 
     def close(self) -> dict:
-        """The epoch's means, train top-1 in %, seconds and images/s, over all ranks."""
+        """The metrics of the whole epoch, over all ranks."""
         self.read()
-        seconds = time.perf_counter() - self.start
         if self.shares > 1:
             sum_over_ranks(self.sums)
             self.images, self.shares = sum(gather_objects(self.images)), 1
-        terms, top1 = self._means()
-        metrics = {"epoch": self.run.epoch + 1}
-        metrics |= {name: float(f"{value:.6g}") for name, value in terms.items()}
-        if top1 is not None:
-            metrics["train_top1"] = round(top1, 3)
-        rate = round(self.images / seconds, 1)
-        return metrics | {"seconds": round(seconds, 3), "images_per_second": rate}
+        return self.metrics()
 
-    def report(self, metrics: dict, scores: dict) -> None:
-        """Print the epoch's line, after the test: its first score, and the learning rate."""
-        name, value = next(iter(scores.items()))
-        score = f"test {value:5.2f} %" if name == "test_top1" else f"{name} {value:.2f}"
-        line = f"{self._line(metrics)}  {score}  lr {metrics['lr']:.4g}"
-        print(f"\r{line}\x1b[K" if self.live else line, flush=True)
+    def show(self, metrics: dict, end: str = "\n") -> None:
+        """Print the progress line: how fast first, since a terminal may cut the rest."""
+        run, values = self.run, dict(metrics)
+        seconds, rate = values.pop("seconds"), values.pop("images_per_second")
+        left = int((run.total_steps - run.step - 1) * seconds / self.steps)
+        line = f"epoch {values.pop('epoch'):3d}/{run.num_epochs}  {rate:6g} images/s"
+        line += f"  {datetime.timedelta(seconds=left)} left  "
+        line += "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if not end:  # \r cannot go back over a line that was wrapped
+            line = line[: shutil.get_terminal_size().columns - 1]
+        print(f"\r{line}\x1b[K" if self.live else line, end=end, flush=True)
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-# ---------------------------------------------------------------------------------------------
-# Evaluation, figures and the teacher
-#
+# --- Evaluation, figures and the teacher -----------------------------------------------------
 # Every script evaluates alike, and every method must be able to name its teacher: one from a file,
 # one with published weights, or one that the script trains first and every later run reuses.
-# ---------------------------------------------------------------------------------------------
 
 
 def pick_device(name: str) -> torch.device:
@@ -1970,12 +1844,18 @@ def evaluate(model: nn.Module, data: Data, args) -> float:
     return round(100 * int(correct) / len(data.test.labels), 3)
 
 
+def optional(module: str, asked_by: str):
+    """A module that only one flag needs. Raises: UserError if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        name = "tensorboard" if "tensorboard" in module else module.split(".")[0]
+        raise UserError(f"{asked_by} needs {name}: pip install {name}") from None
+
+
 def pyplot(asked_by: str = "--plot"):
     """matplotlib's pyplot, drawing into files. Raises: UserError if it is not installed."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError(f"{asked_by} needs matplotlib: pip install matplotlib") from None
+    plt = optional("matplotlib.pyplot", asked_by)
     plt.switch_backend("agg")
     return plt
 
@@ -2042,26 +1922,20 @@ def _teacher_top1(teacher, data, args):
     return cached(path, made_by, lambda: evaluate(teacher, data, args))
 
 
-# Published weights of CIFAR teachers (BSD-3): the release's address, and the files' hashes.
+# Published weights of CIFAR teachers (BSD-3): a release, and its files, named with their hashes.
 PUBLISHED = "https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet"
-PUBLISHED_HASHES = {
-    "cifar100_resnet20": "23dac2f1",
-    "cifar100_resnet32": "84213ce6",
-    "cifar100_resnet44": "ffe32858",
-    "cifar100_resnet56": "f2eff4c8",
-    "cifar10_resnet20": "4118986f",
-    "cifar10_resnet32": "ef93fc4d",
-    "cifar10_resnet44": "2a3cabcb",
-    "cifar10_resnet56": "187c023a",
-}
+PUBLISHED_FILES = """cifar100_resnet20-23dac2f1.pt cifar100_resnet32-84213ce6.pt
+cifar100_resnet44-ffe32858.pt cifar100_resnet56-f2eff4c8.pt cifar10_resnet20-4118986f.pt
+cifar10_resnet32-ef93fc4d.pt cifar10_resnet44-2a3cabcb.pt cifar10_resnet56-187c023a.pt""".split()
 
 
 def _published(name: str) -> Path:
     """The file of published weights in PyTorch's hub cache, downloaded if it is not there."""
-    if name not in PUBLISHED_HASHES:
-        known = ", ".join(PUBLISHED_HASHES)
+    file = next((file for file in PUBLISHED_FILES if file.split("-")[0] == name), None)
+    if file is None:
+        known = ", ".join(file.split("-")[0] for file in PUBLISHED_FILES)
         raise UserError(f"--pretrained-teacher: not {name}; imagenet, or one of {known}")
-    file, folder = f"{name}-{PUBLISHED_HASHES[name]}.pt", Path(torch.hub.get_dir(), "checkpoints")
+    folder = Path(torch.hub.get_dir(), "checkpoints")
     url = f"{PUBLISHED}/{file}"
     try:
         with one_rank_first():
@@ -2140,12 +2014,9 @@ def _check_recipe(path, recipe):
         )
 
 
-# ---------------------------------------------------------------------------------------------
-# The command line
-#
+# --- The command line ------------------------------------------------------------------------
 # The flags that all scripts share, checked as they are read, and the runs that one command asks
 # for: one for each seed (--seeds) and for each baseline (--compare).
-# ---------------------------------------------------------------------------------------------
 
 
 def number(kind, low: float, high: float):
@@ -2305,36 +2176,35 @@ def launch(distill, args, baselines: dict, needed: tuple[str, ...] = ()):
         raise UserError("--teacher-ckpt and --pretrained-teacher: choose one")
     if args.teacher_ckpt:
         read_checkpoint(args.teacher_ckpt)  # fail before the data is read
-    runs = _planned_runs(args, baselines, needed)
-    results = {}
-    for run in sorted(runs, key=lambda run: run["order"]):
-        del run["order"]
+    if args.tensorboard:
+        optional("torch.utils.tensorboard", "--tensorboard")  # fail before anything is created
+    runs, results = _planned_runs(args, baselines, needed), []
+    for run in runs:
         if len(runs) > 1:
-            print(f"\n== {run['method']}, seed {run['seed']}: {run['out']}", flush=True)
-        results[run["out"]] = distill(argparse.Namespace(**run))
-    results = [results[run["out"]] for run in runs]  # baselines first
+            print(f"\n== {run.method}, seed {run.seed}: {run.out}", flush=True)
+        results.append(distill(run))
+    results.sort(key=lambda result: result["method"] == args.method)  # baselines first
     print("\n" + summary(results))
     return results if len(results) > 1 else results[0]
 
 
 def _planned_runs(args, baselines, needed):
-    """The arguments of every run, as dicts; `order` says when it is their turn."""
-    runs = []
-    for turn, seed_ in enumerate(dict.fromkeys(args.seeds or [args.seed])):
-        name = f"{args.script}-{args.teacher}-{args.student}-{args.dataset}-s{seed_}"
-        out = Path(args.out or f"runs/{name}")
+    """The arguments of every run, in their order."""
+    runs, baselines = [], {"": {}} | baselines  # the method itself changes nothing
+    names = [*needed, *(name for name in baselines if args.compare or not name)]
+    for seed_ in dict.fromkeys(args.seeds or [args.seed]):
+        pair = f"{args.teacher}-{args.student}-{args.dataset}"
+        out = Path(args.out or f"runs/{args.script}-{pair}-s{seed_}")
         out = out / f"s{seed_}" if args.out and args.seeds else out
-        for baseline, changes in baselines.items():
-            if changes["method"] != args.method and (args.compare or baseline in needed):
-                order = (turn, baseline not in needed, 1)
-                new = dict(seed=seed_, out=str(out / baseline), order=order)
-                runs.append(vars(args) | changes | new)
-        runs.append(vars(args) | dict(seed=seed_, out=str(out), order=(turn, False, 2)))
+        for name in dict.fromkeys(names):
+            if baselines[name].get("method") != args.method:
+                new = baselines[name] | dict(seed=seed_, out=str(out / name))
+                runs.append(argparse.Namespace(**vars(args) | new))
     if args.resume and len(runs) > 1:
         for run in runs:
-            run["resume"] = (Path(run["out"]) / ".lock").exists()  # those not reached start now
-        if not any(run["resume"] for run in runs):
-            raise UserError(f"--resume: nothing to resume in {runs[-1]['out']}")
+            run.resume = (Path(run.out) / ".lock").exists()  # those not reached start now
+        if not any(run.resume for run in runs):
+            raise UserError(f"--resume: nothing to resume in {out}")
     wait_for_all()
     return runs
 

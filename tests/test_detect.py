@@ -375,9 +375,10 @@ def test_schedule(quick, monkeypatch, steps):
 
 def keep_gradients(argv):
     """`detect_nd.main`; the gradients of its step and its teacher, in a file a rank."""
+    average = common.Run.average_gradients
 
     def spy(run, optimizer):
-        common.average_gradients(optimizer)
+        average(run, optimizer)
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         assert not (run.teacher.training or any(p.requires_grad for p in run.teacher.parameters()))
         kept = dict(gradients=[p.grad for p in trained], teacher=run.teacher.state_dict())
