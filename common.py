@@ -69,9 +69,7 @@ class _Signals:
     waiting, pending = False, 0
 
 
-_STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, "SIGHUP"):  # not on Windows
-    _STOP_SIGNALS.append(signal.SIGHUP)
+_STOP_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 
 
 def _on_signal(number, _frame):
@@ -370,9 +368,8 @@ class ShuffleUnitV1(Block):
     def __init__(self, c_in, width, stride):
         c_out = width - c_in if stride == 2 else width  # at stride 2 the input is concatenated
         mid, groups = c_out // 4, 1 if c_in == 24 else 3  # the stem's 24 channels are not grouped
-        super().__init__(
-            (c_in, mid, 1, 1, groups), (mid, mid, 3, stride, mid), (mid, c_out, 1, 1, 3)
-        )
+        grouped = (c_in, mid, 1, 1, groups), (mid, mid, 3, stride, mid), (mid, c_out, 1, 1, 3)
+        super().__init__(*grouped)
         self.stride, self.groups = stride, groups
 
     def forward(self, x):
@@ -669,10 +666,8 @@ def try_on(net: nn.Module, data: "Data") -> nn.Module:
     try:
         features = net.eval()(images.to(next(net.parameters()).device), return_features=True)[1]
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(
-            f"{net.name} does not take {data.image_size}-pixel images"
-            f" ({str(error).splitlines()[0]}): choose another model or --image-size"
-        ) from None
+        problem = f"{data.image_size}-pixel images (--image-size): {str(error).splitlines()[0]}"
+        raise UserError(f"{net.name} does not take {problem}") from None
     net.embed_dim = features.embedding.shape[1]
     net.stage_shapes = [tuple(m.shape[1:]) for m in features.maps]
     return net.train()
@@ -746,10 +741,8 @@ def load_weights(model: nn.Module, path: str | Path, state: dict | None = None) 
     for key in [*wanted, *sorted(state.keys() - wanted.keys())]:
         found, expected = (list(d[key].shape) if key in d else "absent" for d in (state, wanted))
         if found != expected:
-            raise UserError(
-                f"{path}: another architecture or number of classes: {key} is {found} there and"
-                f" {expected} in this network"
-            )
+            misfit = f"{key} is {found} there and {expected} in this network"
+            raise UserError(f"{path}: another architecture or number of classes: {misfit}")
     try:
         finite = all(torch.isfinite(value.float()).all() for value in state.values())
     except RuntimeError:  # sparse or quantised
@@ -1034,10 +1027,8 @@ def _read_torchvision(name, root, size):
             data = getattr(torchvision.datasets, name.upper())(root, download=True, **options)
         except Exception as error:  # each set fails in its own way; none leaves usable data
             reason = [*str(error).splitlines(), type(error).__name__][0]
-            raise UserError(
-                f"--dataset {name}: cannot read or download it ({reason}); put its official files"
-                f" under {root}/ or name another --data-dir; --dataset shapes needs no files"
-            ) from None
+            advice = f"put its official files under {root}/; --dataset shapes needs no files"
+            raise UserError(f"--dataset {name}: {reason}; {advice}") from None
         pixels = torch.as_tensor(np.asarray(data.data))
         pixels = pixels if is_cifar else pixels.permute(0, 2, 3, 1)  # [N,S,S,3]
         labels = torch.as_tensor(np.asarray(data.targets if is_cifar else data.labels))
@@ -1065,18 +1056,13 @@ def _images_under(folder):
 def _read_folders(root, args):
     """Both splits of an ImageFolder layout, ImageNet as paths, and the class names."""
     names = ("train", "val" if (root / "val").is_dir() else "test")
-    train, test = (
-        {folder.name: _images_under(folder) for folder in (root / name).glob("[!.]*/")}
-        for name in names
-    )
+    train, test = ({k.name: _images_under(k) for k in (root / n).glob("[!.]*/")} for n in names)
     classes, splits = sorted({*train, *test}), []
     lacking = [k for k in classes if not (train.get(k) and test.get(k))]
     if lacking or len(classes) < 2:
-        raise UserError(
-            f"--data-dir: there must be images in {root}/train/<class>/ and {root}/val/<class>/ of"
-            f" two or more classes; lacking: {', '.join(lacking) or 'all'} (--dataset shapes needs"
-            " no files)"
-        )
+        missing = ", ".join(lacking) or "at least two classes are needed"
+        where = f"{root}/train/<class>/, {root}/val/<class>/"
+        raise UserError(f"--data-dir: no images in {where}: {missing} (shapes needs no files)")
     for name, by_class in zip(names, (train, test)):
         paths = [path for k in classes for path in by_class[k]]
         labels = torch.tensor([label for label, k in enumerate(classes) for _ in by_class[k]])
@@ -1431,10 +1417,7 @@ class Run:
             if changed := _changed(then, now):
                 flags = {k: "number of ranks" if k == "ranks" else flag(k) for k in changed}
                 was = ", ".join(f"{flags[k]} {then.get(k)} (now {now[k]})" for k in changed)
-                raise UserError(
-                    f"--resume: {self.dir} was started with {was}; give the same again, or move"
-                    " that folder away"
-                )
+                raise UserError(f"--resume: {self.dir} was started with {was}: give the same again")
         elif args.resume and not (self.dir / ".lock").exists():
             raise UserError(f"--resume: nothing to resume in {self.dir} (no last.pt)")
         wait_for_all()
@@ -1520,10 +1503,7 @@ class Run:
             self.saved_meter = mine["meter"]
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = [*str(error).splitlines(), ""][0]
-            raise UserError(
-                f"--resume: {self.last} does not fit this run ({reason}); give what it began with,"
-                " or start again without --resume"
-            ) from None
+            raise UserError(f"--resume: {self.last} is of another run: {reason}") from None
         self.history, self.done_in_epoch = saved["history"], saved["step"]
         self.last_save = time.monotonic()
 
@@ -1531,11 +1511,7 @@ class Run:
         for name, value in self.objects.items():
             tensors = value.state_dict().values() if isinstance(value, nn.Module) else ()
             if not all(torch.isfinite(tensor).all() for tensor in tensors):
-                raise UserError(
-                    f"weights of the {name} became infinite or nan in epoch"
-                    f" {len(self.history) + (meter is not None)}: lower --lr (of a teacher:"
-                    f" --teacher-lr); {self.last} holds the last good state"
-                )
+                raise diverged(f"a weight of the {name}", len(self.history) + (meter is not None))
         cuda_rng = torch.cuda.get_rng_state() if self._on_gpu() else None
         mine = dict(meter=meter and meter.state(), rng=torch.get_rng_state(), cuda_rng=cuda_rng)
         ranks = gather_objects(mine)
@@ -1571,7 +1547,6 @@ class Run:
             late = time.monotonic() - self.last_save > 60 * self.args.save_minutes
             save, stop = max_over_ranks(int(late), _Signals.pending)
             if stop or (save and number + 1 < last):  # else end_epoch saves, after the test
-                self.meter.read()
                 self._save(number + 1, self.meter)
             if stop:
                 raise Stopped(stop)
@@ -1709,6 +1684,11 @@ def _environment(device) -> dict:
     )
 
 
+def diverged(what: str, epoch: int) -> UserError:
+    advice = "lower --lr (of a teacher: --teacher-lr) or the weight of a loss"
+    return UserError(f"{what} became infinite or nan in epoch {epoch}: {advice}, and --resume")
+
+
 class Meter:
     """Means of the loss terms over an epoch, the progress line, and the watch for nan.
 
@@ -1717,18 +1697,16 @@ class Meter:
     """
 
     def __init__(self, run, saved: dict | None):
-        self.run, self.rows, self.counts = run, [], []
-        vars(self).update(saved or dict(images=0, steps=0, sums=0.0, names=(), seconds=0.0))
-        # The ranks log a share of each batch, or all of them all of it.
-        self.shares = 1 if getattr(run.args, "gather", "local") == "global" else world()
-        self.shown = time.perf_counter()
+        self.run, self.rows, self.shown = run, [], time.perf_counter()
+        vars(self).update(saved or dict(images=0, sums=0.0, names=(), seconds=0.0))
         self.start = self.shown - self.seconds
         self.live = bool(sys.stdout) and sys.stdout.isatty()
 
     def state(self) -> dict:
         """What a checkpoint within an epoch needs of it."""
+        self.read()
         self.seconds = time.perf_counter() - self.start
-        return {k: getattr(self, k) for k in ("images", "steps", "sums", "names", "seconds")}
+        return {name: getattr(self, name) for name in ("images", "sums", "names", "seconds")}
 
     @torch.no_grad()
     def add(self, terms: dict, samples, logits: Tensor | None) -> None:
@@ -1736,11 +1714,9 @@ class Meter:
         self.names = tuple(row)
         if logits is not None:
             row["correct"] = (logits.argmax(1) == samples).float().mean()
-        self.rows.append(torch.stack([*row.values()]))
-        self.counts.append(len(samples))
-        self.images, self.steps = self.images + len(samples), self.steps + 1
+        self.rows.append((len(samples), torch.stack([*row.values()])))
         if logits is None:  # detection: steps are slow, and single images can be the cause
-            self.read(f", images {', '.join(map(str, samples))}")
+            self.read(f" of images {', '.join(map(str, samples))}")
         if time.perf_counter() - self.shown > 0.5:
             self.shown = time.perf_counter()
             self.read()
@@ -1751,19 +1727,16 @@ class Meter:
         """Add up the rows so far. Raises: UserError if a loss term is infinite or nan."""
         if not self.rows:
             return
-        rows = torch.stack(self.rows).double().cpu()  # [steps, terms]
+        counts, rows = zip(*self.rows)
+        rows = torch.stack(rows).double().cpu()  # [steps, terms]
         broken = ~torch.isfinite(rows)
         if broken.any():
             first = broken[broken.any(1)][0]  # later terms break because the weights did
             names = [name for name, bad in zip(self.names, first.tolist()) if bad]
             print("\n" * self.live, end="", flush=True)
-            raise UserError(
-                f"the loss term {' and '.join(names)} became infinite or nan in epoch"
-                f" {self.run.epoch + 1}{where}: lower --lr (of a teacher: --teacher-lr) or the"
-                " term's weight; last.pt holds the last good state"
-            )
-        self.sums = self.sums + (rows * torch.tensor(self.counts)[:, None]).sum(0)
-        self.rows, self.counts = [], []
+            raise diverged(f"the loss term {' and '.join(names)}{where}", self.run.epoch + 1)
+        self.sums = self.sums + (rows * torch.tensor(counts)[:, None]).sum(0)
+        self.images, self.rows = self.images + sum(counts), []
 
     def metrics(self) -> dict:
         """The means so far, train top-1 in % (not in detection), seconds and images/s."""
@@ -1773,22 +1746,22 @@ class Meter:
         if len(means) > len(self.names):
             metrics["train_top1"] = round(100 * means[-1], 3)
         seconds = time.perf_counter() - self.start
-        rate = round(self.images * self.shares / seconds, 1)
+        rate = round(self.images / seconds, 1)
         return metrics | {"seconds": round(seconds, 3), "images_per_second": rate}
 
     def close(self) -> dict:
         """The metrics of the whole epoch, over all ranks."""
         self.read()
-        if self.shares > 1:
+        if getattr(self.run.args, "gather", "local") == "local":  # each logs a share of the batch
             sum_over_ranks(self.sums)
-            self.images, self.shares = sum(gather_objects(self.images)), 1
+            self.images = sum(gather_objects(self.images))
         return self.metrics()
 
     def show(self, metrics: dict, end: str = "\n") -> None:
         """Print the progress line: how fast first, since a terminal may cut the rest."""
         run, values = self.run, dict(metrics)
         seconds, rate = values.pop("seconds"), values.pop("images_per_second")
-        left = int((run.total_steps - run.step - 1) * seconds / self.steps)
+        left = int((run.total_steps - run.step - 1) * seconds / (run.step % run.steps + 1))
         line = f"epoch {values.pop('epoch'):3d}/{run.num_epochs}  {rate:6g} images/s"
         line += f"  {datetime.timedelta(seconds=left)} left  "
         line += "  ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -2167,7 +2140,12 @@ def launch(distill, args, baselines: dict, needed: tuple[str, ...] = ()):
     if args.eval:
         if args.resume or args.compare or args.seeds or getattr(args, "plot", False):
             raise UserError("--eval trains nothing: leave --resume, --compare, --seeds, --plot out")
-        return print_top1(args)
+        read_checkpoint(args.eval)  # fail before the data is read
+        data = load_data(args)
+        student = build_for(data, args.student)
+        load_weights(student, args.eval)
+        top1 = evaluate(student.to(data.device, memory_format=torch.channels_last), data, args)
+        return print(f"{args.student} from {args.eval}: test {top1:.2f} %")
     if getattr(args, "plot", False):
         pyplot()  # fail now, not after the training
     if args.seeds and args.seed:
@@ -2207,16 +2185,6 @@ def _planned_runs(args, baselines, needed):
             raise UserError(f"--resume: nothing to resume in {out}")
     wait_for_all()
     return runs
-
-
-def print_top1(args) -> None:
-    """--eval: the top-1 accuracy of a student's weights."""
-    read_checkpoint(args.eval)  # fail before the data is read
-    data = load_data(args)
-    student = build_for(data, args.student)
-    load_weights(student, args.eval)
-    student = student.to(data.device, memory_format=torch.channels_last)
-    print(f"{args.student} from {args.eval}: test {evaluate(student, data, args):.2f} %")
 
 
 def summary(results: list[dict]) -> str:
