@@ -511,7 +511,7 @@ def test_a_teacher_without_detections_and_a_loss_of_nan_are_errors(quick, monkey
     assert "teacher.pth detects nothing" in the_error(capsys)
     monkeypatch.setattr(detect_nd, "kd_loss", lambda *a, **k: torch.tensor(math.nan))
     assert run(quick, "--out", "o") == 2
-    words = r"the loss term kd became infinite or nan in epoch 1, images \d, \d, \d, \d:"
+    words = r"the loss term kd of images \d, \d, \d, \d became infinite or nan in epoch 1:"
     assert re.search(words, the_error(capsys))
 
 
