@@ -510,20 +510,6 @@ def test_options_reach_the_metric_of_kd2m(quick):
         assert line[name] == pytest.approx(value.item(), rel=2e-3), options
 
 
-def test_feature_maps_and_batch_of_sp(quick):
-    """--sp-maps all sums over the stages; --sp-weight-batch scales the weight."""
-    sp, command = module("sp"), f"{quick} --batch-size 48"
-    _, s, _, t, _ = first_step("sp", command)
-    each = [sp.sp_loss(a, b).item() for a, b in zip(s.maps, t.maps)]
-    assert run("sp", command, "--sp-maps", "all") == 0
-    assert len(each) == 3 and lines("o")[0]["sp"] == pytest.approx(sum(each), rel=1e-3)
-    assert run("sp", command, "--sp-weight-batch", "24") == 0  # batches of 48: twice the weight
-    assert lines("o")[0]["sp"] == pytest.approx(each[-1], rel=1e-3)
-    rescaled = weights("o/student.pt")
-    assert run("sp", command, "--sp-weight", "6000") == 0
-    assert same(weights("o/student.pt"), rescaled)
-
-
 # --- stopping and going on -----------------------------------------------------------------------
 
 
@@ -884,9 +870,3 @@ def test_transfer_finds_the_networks_and_resumes(cwd, capsys):
     torch.save(common.build_model("wrn_16_1", 100).state_dict(), "a-run/student.pt")
     assert run("dcd", command, "--out", "parts", "--resume") == 2
     assert "--resume" in error_line(capsys)
-    # what is asked for counts; the published schedule, whatever the networks were trained on
-    probe = "--transfer stl10 --student-ckpt a-run/student.pt --teacher-ckpt t.pth"
-    args = parse("dcd", f"{probe} --student resnet20 --teacher MobileNetV2 --dataset imagenet")
-    wanted = dict(student="resnet20", teacher="MobileNetV2", epochs=120, lr=0.05, teacher_lr=0.01)
-    wanted |= dict(batch_size=64, weight_decay=5e-4, image_size=48, dataset="stl10")
-    assert {key: getattr(args, key) for key in wanted} == wanted
