@@ -1647,7 +1647,7 @@ class Run:
         rate = round(images / seconds, 1)
         result |= more | dict(seconds=round(seconds, 3), images_per_second=rate)
         result |= dict(script=f"{args.script}.py", argv=sys.argv[1:], args=kept)
-        result |= _environment(data.device)
+        result |= environment(data.device)
         if rank() == 0:
             student = self.objects["student"].state_dict()
             self._write_metrics()  # again: a stop may have come between last.pt and it
@@ -1663,7 +1663,7 @@ def device_name(device: torch.device) -> str:
     return f"cpu, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _environment(device) -> dict:
+def environment(device) -> dict:
     """What a result needs beside its arguments to be understood, and perhaps repeated."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:

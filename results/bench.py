@@ -217,8 +217,7 @@ def main():
         for measure in (training, metrics, detection):
             name = measure.__name__
             if options.only in (None, name):
-                part = measure(options, device) | {"device": common.device_name(device)}
-                part |= {"peak_memory_mb": common.peak_memory_mb(device)}
+                part = measure(options, device) | common.environment(device)
                 found |= part if measure is training else {name: part}
                 print(f"{name}\n\n{table(found, name)}\n", flush=True)
     if options.json:
