@@ -1287,7 +1287,7 @@ class TeacherCache:
         self.widths = [data.num_classes, teacher.embed_dim]
         key = [1, teacher.hash, data.name, data.fingerprint, data.image_size, args.seed]
         key += [args.batch_size, args.precision, world(), torch.__version__]
-        key += [device_name(data.device)]  # bits differ between kinds of processor
+        key += [device_name(data.device), args.compile]  # on which the bits depend
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         self.folder = Path(args.teacher_cache) / name
         full, rest = divmod(data.train_images, args.batch_size)
@@ -1300,9 +1300,10 @@ class TeacherCache:
             (self.folder / f".{os.getpid()}").touch()  # is it writable?
             (self.folder / f".{os.getpid()}").unlink()
             free = shutil.disk_usage(self.folder).free / 1e9
-            for path in self.folder.glob("*.tmp"):  # of a run that was killed
-                if time.time() - path.stat().st_mtime > 3600:
-                    path.unlink(missing_ok=True)
+            for path in self.folder.glob("*.tmp"):  # of a run that was killed, or of one at work
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - path.stat().st_mtime > 3600:
+                        path.unlink()
         except OSError as error:
             raise UserError(f"--teacher-cache {self.folder}: {error.strerror}") from None
         missing = sum(self._find(epoch) is None for epoch in range(epochs))
@@ -1321,11 +1322,11 @@ class TeacherCache:
         path = self._find(epoch)
         if path:
             try:
-                content = np.load(path, mmap_mode="r")
+                content = np.lib.format.open_memmap(path, mode="r")
                 if content.shape == self.shape and _checksum(content) == path.stem[-8:]:
                     self.content = content
                     return
-            except (OSError, ValueError):
+            except Exception:  # numpy names no set of errors for a damaged file
                 pass
             print(f"note: {path} is damaged and is computed again", file=sys.stderr)
             path.unlink(missing_ok=True)
@@ -1357,9 +1358,10 @@ class TeacherCache:
             if rows.stop == len(self.filling):
                 self.filling.flush()
                 path = Path(self.filling.filename)
-                whole = path.with_name(f"{path.name.split('.')[0]}-{_checksum(self.filling)}.npy")
-                os.replace(path, whole)
+                whole = f"{path.name.split('.')[0]}-{_checksum(self.filling)}.npy"
                 self.filling = None
+                with contextlib.suppress(FileNotFoundError):  # the folder was cleared meanwhile
+                    os.replace(path, path.with_name(whole))
         return logits, features
 
 
@@ -1480,7 +1482,9 @@ class Run:
     def _set_aside(self):
         """Move the files of an earlier run to a folder old1, old2, ...: nothing is overwritten."""
         names = [n for n in self.files if (self.dir / n).exists() and n != "tensorboard"]
-        aside = self.dir / f"old{1 + len([*self.dir.glob('old*')])}"
+        number = 1
+        while (aside := self.dir / f"old{number}").exists():
+            number += 1
         for name in names:
             aside.mkdir(exist_ok=True)
             (self.dir / name).rename(aside / name)
@@ -1909,14 +1913,17 @@ def _published(name: str) -> Path:
         known = ", ".join(file.split("-")[0] for file in PUBLISHED_FILES)
         raise UserError(f"--pretrained-teacher: not {name}; imagenet, or one of {known}")
     folder = Path(torch.hub.get_dir(), "checkpoints")
-    url = f"{PUBLISHED}/{file}"
+    path, url = folder / file, f"{PUBLISHED}/{file}"
     try:
         with one_rank_first():
-            options = dict(map_location="cpu", progress=False, weights_only=True)
-            torch.hub.load_state_dict_from_url(url, check_hash=True, **options)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            if not path.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path), file[-11:-3], progress=False)
+    except (OSError, RuntimeError) as error:
         raise UserError(f"cannot download {url} ({error}); put that file into {folder}") from None
-    return folder / file
+    if hashlib.sha256(path.read_bytes()).hexdigest()[:8] != file[-11:-3]:
+        raise UserError(f"{path}: damaged or another file; delete it")
+    return path
 
 
 def near_chance(top1: float, num_classes: int) -> bool:

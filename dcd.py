@@ -87,9 +87,8 @@ class DCDLoss(torch.nn.Module):
         alpha: weight of the consistency; init_tau, max_scale: similarity = min(exp(tau), max_scale)
         * cosine, tau trained; temperature: if given, similarity = cosine / temperature instead;
         terms: "both", or one of "contrastive" and "consistency" (without alpha).
-    Raises: ValueError for other terms.
     Default weight: 1: it starts near log B, as the cross-entropy starts near log K (K classes).
-    Reference: Giakoumoglou, Stathaki, arXiv 2407.11802.
+    Raises: ValueError for other terms. Reference: Giakoumoglou, Stathaki, arXiv 2407.11802.
     """
 
     def __init__(
@@ -340,8 +339,11 @@ def prepare_transfer(args) -> None:
     if args.compare or args.plot:
         raise common.UserError("--transfer trains probes only: leave --compare and --plot out")
     student, result = Path(args.student_ckpt), {}
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        result = dict(json.loads(student.with_name("result.json").read_text()))
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+        found = dict(json.loads(student.with_name("result.json").read_text()))
+        names = [type(found[name]) for name in ("student", "teacher", "dataset")]
+        if names == [str] * 3 and type(found["args"]["image_size"]) is int:  # as a run writes it
+            result = found
     dataset = result.get("dataset", args.dataset)
     recipe = RECIPES.get(dataset, RECIPES["cifar"])
     args.student = args.student or result.get("student") or recipe["student"]

@@ -61,7 +61,6 @@ names = options.only.split(",") if options.only else list(ROWS)
 if unknown := [name for name in names if name not in ROWS]:
     parser.error(f"--only {unknown[0]}: one of {', '.join(ROWS)}")
 folder = ROOT / "results" / "cifar100-24ep"
-folder.mkdir(exist_ok=True)
 for name in names:
     for seed in options.seeds:
         script, flags = ROWS[name]
@@ -80,5 +79,6 @@ for name in names:
         status = subprocess.run(command).returncode
         if status:
             sys.exit(status)
+        folder.mkdir(exist_ok=True)
         shutil.copy(out / "metrics.jsonl", target.with_suffix(".jsonl"))
         shutil.copy(out / "result.json", target.with_suffix(".json"))

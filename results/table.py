@@ -20,7 +20,8 @@ FIELDS |= dict(args=dict, world_size=int | None)
 # Arguments that do not change what a run computes; files are compared by the hash of their content.
 NOT_SETTINGS = set(
     "seed seeds script method compare eval resume out device workers plot save_minutes tensorboard"
-    " per_class predict train_teacher teacher_ckpt student_ckpt pretrained_teacher data_dir".split()
+    " per_class predict train_teacher teacher_ckpt student_ckpt teacher_cache"
+    " pretrained_teacher data_dir".split()
 )
 
 

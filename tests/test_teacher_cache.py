@@ -1,5 +1,6 @@
 """--teacher-cache: the same bits with and without it, whatever state the cache is in."""
 
+import hashlib
 import shutil
 import signal
 from pathlib import Path
@@ -76,14 +77,16 @@ def test_stopped_in_mid_epoch_and_resumed(number):
 def test_a_torn_or_foreign_file_is_computed_again_and_said(capsys):
     teacher_file()
     assert run("dcd", f"{COMMAND} --teacher-cache c --out a") == 0
-    first, second = sorted(Path("c").glob("*/*.npy"))
-    first.write_bytes(first.read_bytes()[:-100])
-    content = bytearray(second.read_bytes())
-    content[-1] ^= 1
-    second.write_bytes(content)
-    assert run("dcd", f"{COMMAND} --teacher-cache c --out b") == 0
-    assert capsys.readouterr().err.count("is damaged and is computed again") == 2
-    assert same(weights("a/student.pt"), weights("b/student.pt"))
+    for position in (-1, 0, 20, None):  # a number, the format's name, its header; cut off
+        first, second = sorted(Path("c").glob("*/*.npy"))
+        content = bytearray(second.read_bytes())
+        if position is not None:
+            content[position] ^= 1
+        first.write_bytes(first.read_bytes()[:-100] if position else b"")
+        second.write_bytes(content[: None if position is not None else 100])
+        assert run("dcd", f"{COMMAND} --teacher-cache c --out b") == 0
+        assert capsys.readouterr().err.count("is damaged and is computed again") == 2
+        assert same(weights("a/student.pt"), weights("b/student.pt"))
 
 
 def test_bad_folders_and_full_disks_are_one_line(monkeypatch, capsys):
@@ -98,17 +101,20 @@ def test_bad_folders_and_full_disks_are_one_line(monkeypatch, capsys):
 
 
 def test_published_weights_come_from_the_hub_cache(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    command = f"{QUICK} --epochs 1 --teacher resnet20 --pretrained-teacher --out o"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(common, "PUBLISHED", "file:///nowhere")
-    monkeypatch.setattr(common, "PUBLISHED_FILES", ["shapes_resnet20-00000000.pt"])
+    torch.save(common.build_model("resnet20", 24).state_dict(), "weights.pt")
+    digest = hashlib.sha256(Path("weights.pt").read_bytes()).hexdigest()[:8]
+    path = tmp_path / f"hub/checkpoints/shapes_resnet20-{digest}.pt"
+    monkeypatch.setattr(common, "PUBLISHED_FILES", [path.name])
+    command = f"{QUICK} --epochs 1 --teacher resnet20 --pretrained-teacher --out o"
     assert run("nd", command) == 2
-    line = capsys.readouterr().err
-    assert "shapes_resnet20-00000000.pt" in line and str(tmp_path / "hub") in line
-    folder = tmp_path / "hub/hub/checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    state = common.build_model("resnet20", 24).state_dict()
-    torch.save(state, folder / "shapes_resnet20-00000000.pt")
+    assert f"{path.name}" in (line := capsys.readouterr().err) and str(path.parent) in line
+    for content in (b"", b"hello"):
+        path.write_bytes(content)
+        assert run("nd", command) == 2
+        assert f"{path}: damaged or another file" in capsys.readouterr().err
+    shutil.copy("weights.pt", path)
     assert run("nd", command) == 0
     assert run("nd", command.replace("resnet20", "resnet14")) == 2
     assert "not shapes_resnet14; imagenet, or one of shapes_resnet20" in capsys.readouterr().err
