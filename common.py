@@ -1454,6 +1454,8 @@ class Run:
         self.objects = objects | {"data": self.data.fingerprint}
         self.objects["teacher"] = teacher.hash if teacher is not None else None
         same_on_all_ranks([self.objects["data"], self.objects["teacher"]], "data or the teacher")
+        if teacher is not None and getattr(args, "teacher_cache", None):
+            self.cache = TeacherCache(args, self.data, teacher, self.num_epochs)
         if self._on_gpu():
             torch.cuda.reset_peak_memory_stats()
         # Dropout: the same whatever was built before, and each rank's own for its own images.
@@ -1468,8 +1470,6 @@ class Run:
                     broadcast([*module.parameters(), *module.buffers()])
             self._save()
         self._show_on_board(self.history)  # again, so that no epoch is missing there
-        if teacher is not None and getattr(args, "teacher_cache", None):
-            self.cache = TeacherCache(args, self.data, teacher, self.num_epochs)
         if getattr(args, "compile", False):
             torch.compiler.reset()  # a resumed run must not inherit the kernels of an earlier one
             for network in (objects["student"], teacher):
