@@ -11,7 +11,6 @@ import contextlib
 import datetime
 import difflib
 import errno
-import functools
 import hashlib
 import importlib
 import io
@@ -26,6 +25,8 @@ import signal
 import statistics
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 import warnings
 import zipfile
@@ -46,9 +47,8 @@ from torchvision.transforms import v2 as transforms
 
 try:
     import fcntl
-    import resource
-except ImportError:  # Windows: no lock on the run's folder, no count of memory
-    fcntl = resource = None
+except ImportError:  # Windows: no lock on the run's folder
+    fcntl = None
 
 # --- Errors, signals and exit codes ----------------------------------------------------------
 # A user sees one line that says what to do, never a traceback. A run that is asked to stop saves
@@ -101,7 +101,8 @@ def run_program(main, argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # file names need not be text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    for number in _STOP_SIGNALS:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    for number in _STOP_SIGNALS if in_main_thread else ():  # elsewhere Python allows none
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
             signal.signal(number, _on_signal)
     try:
@@ -164,7 +165,13 @@ def rank() -> int:
 @contextlib.contextmanager
 def join_ranks(argv: list[str]):
     """Join the other ranks, if torchrun started this one. In the body only rank 0 prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    names = (
+        "RANK",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )  # a cluster may set WORLD_SIZE only
+    if os.environ.get("WORLD_SIZE", "1") == "1" or not all(name in os.environ for name in names):
         yield
         return
     on_cpu = "--device cpu" in " ".join(argv).replace("=", " ")
@@ -197,12 +204,6 @@ def gather_objects(value) -> list:
     if world() > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def same_on_all_ranks(value, what: str) -> None:
-    """UserError: `value` differs between ranks."""
-    if any(other != value for other in gather_objects(value)):
-        raise UserError(f"torchrun: the {what} differs between ranks; give all nodes the same")
 
 
 def wait_for_all() -> None:
@@ -265,11 +266,6 @@ def broadcast(tensors) -> None:
     if world() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.detach(), 0)
-
-
-def take_buffers(model: nn.Module) -> None:
-    """Take BatchNorm's statistics, of which every rank has its own, from rank 0."""
-    broadcast(model.buffers())
 
 
 # --- Networks: the 22 of the RepDistiller zoo for 32-pixel images, and wrn_16_8 --------------
@@ -675,7 +671,8 @@ def try_on(net: nn.Module, data: "Data") -> nn.Module:
 
 def load_model(name: str, path: str | Path) -> nn.Module:
     """The network `name` with the weights in `path`, and with as many classes as these have."""
-    state, net = read_state_dict(path), build_model(name, 2)
+    net = build_model(name, 2)
+    state = read_state_dict(path, net.state_dict())
     weight = state.get(_head_path(net) + ".weight")
     if weight is not None and weight.dim() == 2:
         new_classifier(net, len(weight))
@@ -685,16 +682,15 @@ def load_model(name: str, path: str | Path) -> nn.Module:
 
 def nearest(word: str, words: list[str]) -> str:
     """The end of an error message: the words most like an unknown one, whatever their case."""
-
-    def likeness(other):
-        return difflib.SequenceMatcher(None, word.lower(), other.lower()).ratio()
-
-    return f": did you mean {', '.join(sorted(words, key=likeness, reverse=True)[:3])}?"
+    by_lower = {other.lower(): other for other in words}
+    close = difflib.get_close_matches(word.lower(), by_lower, cutoff=0)
+    return f": did you mean {', '.join(by_lower[other] for other in close)}?"
 
 
 # --- Checkpoints -----------------------------------------------------------------------------
 # Weights come from strangers and from stopped programs. Reading runs no code from the file, and a
-# file that is damaged or of another network is one line of error, not a traceback.
+# file that is damaged or of another network is one line of error, not a traceback. Where in the
+# file the weights are, and under which prefix, is found out by trying what fits the network.
 
 
 def read_checkpoint(path: str | Path):
@@ -702,39 +698,83 @@ def read_checkpoint(path: str | Path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: " + ("not a file" if path.exists() else "no such file"))
-    # RepDistiller's files hold its command line beside the weights. A Namespace is plain data.
-    namespace = torch.serialization.safe_globals([argparse.Namespace])
+    # What others save beside the weights: command lines and scores. These types are plain data.
+    harmless = [argparse.Namespace, np.dtype, np.ndarray]
+    harmless += [type(np.dtype(kind)) for kind in "?bBhHiIlLefd"]
+    for function in (np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]):
+        for core in ("core", "_core"):  # NumPy 1 and 2
+            harmless.append((function, f"numpy.{core}.multiarray.{function.__name__}"))
     try:
+        if path.suffix == ".safetensors":
+            return optional("safetensors.torch", str(path)).load_file(path)
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is not None:
             raise ValueError("a checksum is wrong")  # torch.load does not look at them
-        with warnings.catch_warnings(), namespace:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(harmless):
             warnings.simplefilter("ignore")  # on pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # torch.load documents no set of errors for a damaged file
-        reason = "damaged, half-written or not a checkpoint; replace it"
-        if isinstance(error, PermissionError):
-            reason = error.strerror
-        elif isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            reason = "holds Python objects, which would run as code; save its state dict alone"
-        raise UserError(f"{path}: {reason}") from None
+        raise UserError(f"{path}: {_what_is_wrong(path, error)}") from None
 
 
-def read_state_dict(path: str | Path) -> dict:
-    """The tensors of a plain state dict, or of one under `model`, `state_dict` or `student`;
-    `module.` prefixes are dropped. UserError: there are none."""
-    state = read_checkpoint(path)
-    for key in ("model", "state_dict", "student", "state", "student"):  # "state": a run's last.pt
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not any(torch.is_tensor(v) for v in state.values()):
-        raise UserError(f"{path}: holds no state dict (looked under model, state_dict, student)")
-    return {str(k).removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)}
+def _what_is_wrong(path, error):
+    if isinstance(error, PermissionError):
+        return error.strerror
+    with open(path, "rb") as file:
+        start = file.read(100).lstrip()
+    if start.startswith(b"<"):
+        return "a web page and no checkpoint: download the file itself"
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS and no checkpoint: fetch the file with `git lfs pull`"
+    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else ["data.pkl"]
+    if tarfile.is_tarfile(path) or not any(name.endswith("data.pkl") for name in names):
+        return "an archive: unpack it, and name the checkpoint in it"
+    if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+        return "holds Python objects, which would run as code; save its state dict alone"
+    return "damaged, half-written or not a checkpoint; replace it"
+
+
+def read_state_dict(path: str | Path, wanted: dict) -> dict:
+    """The state dict in a checkpoint that fits the network best, wherever it lies in the file.
+
+    Whatever comes before the names of the network's own weights, such as `module.`, is taken off.
+    Whole numbers and float64 that the network does not have are counters, and left out.
+
+    Args: wanted: the network's own state dict. Raises: UserError if the file holds no tensors.
+    """
+    found, contents, seen = [], [("", read_checkpoint(path))], set()
+    for where, content in contents:  # the list grows while it is read: all that is inside comes on
+        if isinstance(content, (list, tuple)):
+            content = dict(enumerate(content))
+        if not isinstance(content, dict) or id(content) in seen:
+            continue
+        seen.add(id(content))
+        contents += [(f"{where}{key}.", value) for key, value in content.items()]
+        tensors = {str(k): v for k, v in content.items() if torch.is_tensor(v)}
+        first = next(iter(wanted))
+        prefixes = [key.removesuffix(first) for key in tensors if key.endswith(first)]
+        for prefix in dict.fromkeys(["", *prefixes] if tensors else []):
+            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            kinds = (torch.float32, torch.float16, torch.bfloat16)
+            state = {k: v for k, v in state.items() if k in wanted or v.dtype in kinds}
+            fit = [k for k, v in wanted.items() if k in state and state[k].shape == v.shape]
+            found.append((len(fit) - len(state.keys() - wanted), where + prefix, state))
+    if not found:
+        raise UserError(f"{path}: holds no state dict")
+    highest = max(score for score, _, _ in found)
+    best = [(name, state) for score, name, state in found if score == highest]
+    if len(best) > 1 and highest > 0:
+        names = ", ".join(name or "the file itself" for name, _ in best)
+        print(f"note: {path}: several state dicts fit ({names}); the first is used")
+    return best[0][1]
 
 
 def load_weights(model: nn.Module, path: str | Path, state: dict | None = None) -> None:
     """Load a checkpoint strictly; BatchNorm's `num_batches_tracked` may be missing. UserError: it
-    does not fit, or is not finite. state: what `read_state_dict(path)` gave before."""
-    state, wanted = state or read_state_dict(path), model.state_dict()
+    does not fit, or is not finite. state: what `read_state_dict` gave before."""
+    wanted = model.state_dict()
+    state = state or read_state_dict(path, wanted)
     for key, value in wanted.items():
         if key.endswith("num_batches_tracked"):
             state.setdefault(key, value)
@@ -779,12 +819,15 @@ STATS = {  # mean and standard deviation of the training pixels, R G B, as commo
 
 
 class Split(NamedTuple):
-    images: Tensor | list[str]  # [N,S,S,3] uint8, or paths of files
+    images: Tensor | np.ndarray  # [N,S,S,3] uint8, or paths of files
     labels: Tensor  # [N] int64
 
 
 class Data:
     """A data set on the device. `batches` yields normalised images [B,3,S,S] and labels [B]."""
+
+    report = ""  # what is odd in the files, a line each: a run writes it beside its results
+    skip_bad_images = False
 
     def __init__(self, name, train: Split, test: Split, classes, image_size, device, workers=None):
         self.name, self.classes, self.num_classes = name, classes, len(classes)
@@ -889,9 +932,14 @@ class StreamedData(Data):
         decoder = _Decoder(files, labels.cpu(), order, seeds, self.image_size, augment)
         workers = min(self.workers, len(parts)) if len(parts) > 1 else 0
         # batch_size=None: the data set makes the batches, so that a worker decodes a whole one.
-        for images, labels in read_in_workers(decoder, workers, batch_size=None, sampler=parts):
-            if isinstance(images, str):
-                raise UserError(images)
+        batches = read_in_workers(decoder, workers, batch_size=None, sampler=parts)
+        for images, labels, errors in batches:
+            for error in errors:
+                if images is None or not self.skip_bad_images:
+                    raise UserError(f"{error}, or leave it out by --skip-bad-images")
+                if error not in self.report:
+                    print(f"note: {error}: another of its batch counts twice", file=sys.stderr)
+                    self.report += f"{error}\n"
             if self.device.type == "cuda":  # copied while the GPU computes
                 images = images.pin_memory()
             images = images.to(self.device, non_blocking=True)
@@ -899,8 +947,8 @@ class StreamedData(Data):
 
 
 class _Decoder:
-    """[a slice of the pass] -> images [B,S,S,3] uint8, or the error of one, and labels [B].
-    seeds: for each image of the order, what augments it."""
+    """[a slice of the pass] -> images [B,S,S,3] uint8, labels [B], and errors: a file that cannot
+    be read is replaced by another of the batch. seeds: for each image, what augments it."""
 
     def __init__(self, files, labels, order, seeds, size, augment):
         self.files, self.labels, self.order, self.seeds = files, labels, order, seeds
@@ -910,16 +958,21 @@ class _Decoder:
         self.transform = transforms.Compose(steps)
 
     def __getitem__(self, part):
-        images = []
+        images, kept, errors = [], [], []
         for k, seed in zip(self.order[part].tolist(), self.seeds[part].tolist()):
             try:
                 image = read_rgb(self.files[k])
             except UserError as error:
-                return str(error), None
+                errors.append(str(error))
+                continue
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)  # the CPU's: a GPU's is the run's
                 images.append(np.array(self.transform(image)))
-        return np.stack(images), self.labels[self.order[part]].numpy()
+            kept.append(k)
+        if not images:
+            return None, None, errors
+        filled = [k % len(images) for k in range(len(images) + len(errors))]
+        return np.stack(images)[filled], self.labels[kept].numpy()[filled], errors
 
 
 def read_in_workers(dataset, workers: int, **plan):
@@ -973,18 +1026,23 @@ def load_data(args) -> Data:
 
 
 def _read_data(args, device):
-    size, root, name = args.image_size, Path(args.data_dir), args.dataset
+    size, root, name, report = args.image_size, Path(args.data_dir), args.dataset, ""
     if name == "shapes":
         train, test, classes = draw_shapes(5000, 0, size), draw_shapes(1000, 1, size), SHAPE_CLASSES
     elif name in ("imagenet", "folder"):
-        train, test, classes = _read_folders(root, args)
+        train, test, classes, report = _read_folders(root, args)
     elif name == "cifar100" and (root / "cifar100" / "train").is_dir():
-        train, test, classes = _read_folders(root / "cifar100", args)
+        train, test, classes, report = _read_folders(root / "cifar100", args)
     else:
         train, test, classes = _read_torchvision(name, args.data_dir, size)
     train, test = _chosen(args, train, test, len(classes))
     kind = StreamedData if name == "imagenet" else Data
-    return kind(name, train, test, classes, size, device, args.workers)
+    data = kind(name, train, test, classes, size, device, args.workers)
+    data.report, data.skip_bad_images = report, getattr(args, "skip_bad_images", False)
+    for label, images in enumerate(train.labels.bincount(minlength=len(classes)).tolist()):
+        if not images:
+            raise UserError(f"--data-dir: class {classes[label]} has no readable training image")
+    return data
 
 
 def _chosen(args, train, test, num_classes):
@@ -999,9 +1057,7 @@ def _chosen(args, train, test, num_classes):
 
     def part(index):
         index = index.sort().values
-        if torch.is_tensor(train.images):
-            return Split(train.images[index], train.labels[index])
-        return Split([train.images[k] for k in index.tolist()], train.labels[index])
+        return Split(train.images[index.numpy()], train.labels[index])
 
     labels, counts = train.labels, train.labels.bincount(minlength=num_classes)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
@@ -1044,71 +1100,98 @@ def _resize(images, size):  # [N,S,S,3] uint8
     return torch.cat(resized).permute(0, 2, 3, 1).contiguous()
 
 
-def _images_under(folder):
-    """The paths of all images under a folder, in torchvision's order; hidden files are none."""
-    extensions, paths = torchvision.datasets.folder.IMG_EXTENSIONS, []
-    for where, _, names in sorted(os.walk(folder, followlinks=True)):
-        names = [n for n in sorted(names) if n.lower().endswith(extensions) and n[0] != "."]
-        paths += [os.path.join(where, name) for name in names]
-    return paths
-
-
 def _read_folders(root, args):
-    """Both splits of an ImageFolder layout, ImageNet as paths, and the class names."""
-    names = ("train", "val" if (root / "val").is_dir() else "test")
-    train, test = ({k.name: _images_under(k) for k in (root / n).glob("[!.]*/")} for n in names)
-    classes, splits = sorted({*train, *test}), []
-    lacking = [k for k in classes if not (train.get(k) and test.get(k))]
+    """Both splits of an ImageFolder layout, ImageNet as paths; the class names; what is odd."""
+    tests = [name for name in ("val", "valid", "test") if (root / name).is_dir()]
+    folders = {"train": root / "train", tests[0] if tests else "val": root / (*tests, "val")[0]}
+    if not folders["train"].is_dir() and args.val_size:  # no splits: the classes lie here
+        folders = {"train": root}
+    odd = {split: {} for split in folders}
+    found = {split: _files_by_class(path, odd[split]) for split, path in folders.items()}
+    classes, splits, report = sorted({k for by_class in found.values() for k in by_class}), [], ""
+    lacking = [k for k in classes if not all(by_class.get(k) for by_class in found.values())]
     if lacking or len(classes) < 2:
         missing = ", ".join(lacking) or "at least two classes are needed"
         where = f"{root}/train/<class>/, {root}/val/<class>/"
         raise UserError(f"--data-dir: no images in {where}: {missing} (shapes needs no files)")
-    for name, by_class in zip(names, (train, test)):
+    for split, by_class in found.items():
         paths = [path for k in classes for path in by_class[k]]
         labels = torch.tensor([label for label, k in enumerate(classes) for _ in by_class[k]])
-        images = paths if args.dataset == "imagenet" else _decoded(paths, labels, root, name, args)
-        splits.append(Split(images, labels))
-    return *splits, classes
+        if args.dataset == "imagenet":
+            splits.append(Split(np.array(paths, object), labels))
+        else:
+            splits.append(_decoded(paths, labels, args, odd[split]))
+        report += say_what_is_odd(split, len(splits[-1].labels), odd[split])
+    return splits[0], splits[-1], classes, report
 
 
-def _decoded(paths, labels, root, name, args):
-    """All images as one tensor: decoded once, then from a cache as long as no file changes."""
-    size, listing = args.image_size, []
-    cache = root / f".decoded-{name}-{size}.pt"
-    for path, label in zip(paths, labels.tolist()):
-        stat = os.stat(path)
-        if not S_ISREG(stat.st_mode):
-            raise UserError(f"{path}: not a file; remove it")
-        stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
-        listing.append(f"{os.path.relpath(path, root)} {label} {stamp}\n")
+def _files_by_class(root, odd):
+    """Class -> the paths of its images, in torchvision's order. Hidden files and folders are left
+    out; whatever else is no image goes into `odd`."""
+    Image.init()
+    extensions = {
+        name for name, kind in Image.registered_extensions().items() if kind in Image.OPEN
+    }
+    by_class = {path.name: [] for path in root.glob("[!.]*/")}
+    for name, paths in by_class.items():
+        for where, _, files in sorted(os.walk(root / name, followlinks=True)):
+            for path in (Path(where, file) for file in sorted(files)):
+                if any(part[0] == "." for part in path.relative_to(root).parts):
+                    continue
+                if path.suffix.lower() in extensions:
+                    paths.append(str(path))
+                else:
+                    odd.setdefault("left out, not images", []).append(str(path))
+    return by_class
+
+
+def say_what_is_odd(split: str, count: int, odd: dict[str, list[str]]) -> str:
+    """Print one line about the files of a split. Returns: all of it, a line each, for the run."""
+    kinds = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in odd.items()]
+    if kinds:
+        print("; ".join([f"{split}: {count:,} images", *kinds]), flush=True)
+    return "".join(f"{split}: {what}: {name}\n" for what, names in odd.items() for name in names)
+
+
+def _decoded(paths, labels, args, odd):
+    """All images of a split as one tensor: the centre square, scaled to the image size."""
+    size, kept = (args.image_size, args.image_size), []
+    images = torch.empty(len(paths), *size, 3, dtype=torch.uint8)
 
     def decode(path):
-        image = read_rgb(path)
-        if image.size != (size, size):  # shorter side to `size`, centre square
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(image))
+        try:
+            image = read_rgb(path)
+        except UserError as error:
+            return error, ["left out, unreadable"]
+        fitted = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(fitted)), image.info["remarks"]
 
-    def decode_all():
-        print(f"decoding {len(paths)} images, once: {cache}", flush=True)
-        images = torch.empty(len(paths), size, size, 3, dtype=torch.uint8)
-        with ThreadPoolExecutor(max(1, cores() if args.workers is None else args.workers)) as pool:
-            for row, image in enumerate(pool.map(decode, paths)):
-                images[row] = image
-        return images
+    with ThreadPoolExecutor(max(1, cores() if args.workers is None else args.workers)) as pool:
+        for index, (image, remarks) in enumerate(pool.map(decode, paths)):
+            for remark in remarks:
+                odd.setdefault(remark, []).append(paths[index])
+            if torch.is_tensor(image):
+                images[len(kept)] = image
+                kept.append(index)
+            elif not getattr(args, "skip_bad_images", False):
+                raise UserError(f"{image}, or leave it out by --skip-bad-images")
+    return Split(images[: len(kept)], labels[kept])
 
-    made_by = {"format": 2, "listing": hashlib.sha256(os.fsencode("".join(listing))).hexdigest()}
-    return cached(cache, made_by, decode_all, together=False)
 
-
-def read_rgb(path, upright: bool = False) -> Image.Image:
-    """Any image of 8 bits as RGB: grey, palette, CMYK. UserError: it cannot be read.
-    upright: turned as its EXIF data says, and not as stored, which annotations refer to."""
+def read_rgb(path, upright: bool = True) -> Image.Image:
+    """Any image of 8 bits as RGB; `.info["remarks"]`: what was changed. UserError: unreadable.
+    upright: turned as its EXIF data says, and not as stored."""
     try:
+        if not S_ISREG(os.stat(path).st_mode):
+            raise ValueError("not a file")
         with Image.open(path) as file:
-            file = ImageOps.exif_transpose(file) if upright else file
             if file.mode[0] in "IF":  # which of its values is white? convert() would clip them
                 raise ValueError("more than 8 bits a channel: convert it to 8")
-            return file.convert("RGB")
+            turned = upright and file.getexif().get(274, 1) in range(2, 9)  # 274: orientation
+            image = (ImageOps.exif_transpose(file) if turned else file).convert("RGB")
+            remarks = ["turned upright, as their EXIF data says"] if turned else []
+            image.info["remarks"] = remarks + [f"{file.mode} turned to RGB"] * (file.mode != "RGB")
+            return image
     except Exception as error:  # Pillow raises many kinds for a damaged file
         raise UserError(f"{path}: cannot be read as an image ({error}); replace it") from None
 
@@ -1209,12 +1292,10 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)  # a full disk names none
-        raise
+    except OSError as error:  # a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_whole(path: Path, state) -> None:
@@ -1224,21 +1305,21 @@ def save_whole(path: Path, state) -> None:
     write_whole(path, buffer.getvalue())
 
 
-def cached(path: Path, made_by: dict, compute, together: bool = True):
+def cached(path: Path | None, made_by, compute):
     """The value in the file at `path` if it was `made_by` the very same things; else what
-    `compute()` returns, which is saved there. together: all ranks share one file, and compute as
-    one."""
-    saved, writes = None, rank() == 0 or not together
-    if path.is_file() and writes:
+    `compute()` returns on all ranks together, which is saved there (None: nowhere)."""
+    if path is None:
+        return compute()
+    saved = None
+    if rank() == 0 and path.is_file():
         with contextlib.suppress(UserError):  # a damaged file is made again
             saved = read_checkpoint(path)
-    if together:
-        saved = gather_objects(saved)[0]
+    saved = gather_objects(saved)[0]
     if isinstance(saved, dict) and saved.get("made_by") == made_by:
         return saved["value"]
     value = compute()
     try:
-        if writes:
+        if rank() == 0:
             save_whole(path, {"made_by": made_by, "value": value})
     except OSError as error:
         print(f"note: {path} cannot be written ({error}), so it is not cached", file=sys.stderr)
@@ -1247,10 +1328,10 @@ def cached(path: Path, made_by: dict, compute, together: bool = True):
 
 # Arguments that may differ between a run and its resumption: they do not change what is computed,
 # or they name files whose content is compared.
-FREE = {"resume", "out", "device", "workers", "compare", "seeds", "eval", "script", "method"}
-FREE |= {"plot", "save_minutes", "tensorboard", "per_class", "predict", "train_teacher"}
-FREE |= {"teacher_ckpt", "student_ckpt", "pretrained_teacher", "teacher_cache", "data_dir"}
-RUN_FILES = ("last.pt", "metrics.jsonl", "result.json", "student.pt", "tensorboard")
+FREE = """resume out device workers compare seeds eval script method plot save_minutes tensorboard
+per_class predict train_teacher teacher_ckpt student_ckpt pretrained_teacher teacher_cache data_dir
+skip_bad_images""".split()
+RUN_FILES = ("last.pt", "metrics.jsonl", "result.json", "student.pt", "data_report.txt")
 
 
 def lasting(args) -> dict:
@@ -1276,116 +1357,72 @@ class TeacherCache:
     """The teacher's logits and embeddings for every batch, on disk: computed once, then read.
 
     Methods, weights and scripts that are compared under one seed see the same batches, so that a
-    frozen teacher answers the same each time. One file an epoch and rank holds the answers,
-    float32, in the order of the batches; it is whole or absent, and its name ends in its checksum.
-    The folder's name is a hash of everything that decides an answer, so that the cache of another
-    teacher, data set, seed or kind of machine is never read.
+    frozen teacher answers the same each time. A file holds the answers to some batches, float32,
+    after its checksum. The folder's name is a hash of everything that decides an answer, so that
+    the cache of another teacher, data set, seed or kind of machine is never read.
     """
 
+    STEPS = 32  # whose answers are in a file; the last file of an epoch may have fewer
+
     def __init__(self, args, data, teacher, epochs: int):
-        self.args, self.device, self.epoch, self.noted = args, data.device, None, False
-        self.widths = [data.num_classes, teacher.embed_dim]
-        key = [1, teacher.hash, data.name, data.fingerprint, data.image_size, args.seed]
-        key += [args.batch_size, args.precision, world(), torch.__version__]
+        key = [3, teacher.hash, data.name, data.fingerprint, data.image_size, args.seed]
+        key += [args.batch_size, args.precision, rank(), world(), torch.__version__]
         key += [device_name(data.device), args.compile]  # on which the bits depend
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-        self.folder = Path(args.teacher_cache) / name
-        full, rest = divmod(data.train_images, args.batch_size)
-        sizes = [args.batch_size] * full + [rest]
-        rows = [len(range(n)[share(n)]) for n in sizes[: data.steps(args.batch_size)]]
-        self.batch_rows, self.shape = rows[0], (sum(rows), sum(self.widths))
-        size = 4 * self.shape[0] * self.shape[1] / 1e9  # of an epoch, in GB
+        self.folder, self.path, self.device = Path(args.teacher_cache, name), None, data.device
+        self.steps, self.widths = data.steps(args.batch_size), [data.num_classes, teacher.embed_dim]
+        self.shape = (len(range(args.batch_size)[share(args.batch_size)]), sum(self.widths))
+        step_gb = 4e-9 * math.prod(self.shape)
+        paths = {self._path(epoch, n) for epoch in range(epochs) for n in range(self.steps)}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / f".{os.getpid()}").touch()  # is it writable?
-            (self.folder / f".{os.getpid()}").unlink()
+            missing = len(paths - set(self.folder.iterdir())) / len(paths)
             free = shutil.disk_usage(self.folder).free / 1e9
-            for path in self.folder.glob("*.tmp"):  # of a run that was killed, or of one at work
-                with contextlib.suppress(FileNotFoundError):
-                    if time.time() - path.stat().st_mtime > 3600:
-                        path.unlink()
+            if missing and not os.access(self.folder, os.W_OK):
+                raise PermissionError(errno.EACCES, "cannot be written")
         except OSError as error:
             raise UserError(f"--teacher-cache {self.folder}: {error.strerror}") from None
-        missing = sum(self._find(epoch) is None for epoch in range(epochs))
-        whole = f"{epochs * size:.2f} GB a rank for {epochs} epochs, {missing} of them to compute"
-        print(f"teacher cache: {self.folder}, {whole}", flush=True)
-        if missing * size > free:
-            problem = f"needs {missing * size:.2f} GB, the disk has {free:.2f} GB free"
-            raise UserError(f"--teacher-cache {self.folder}: {problem}; choose another folder")
+        whole = epochs * self.steps * step_gb
+        size = f"{whole:.2f} GB a rank, of which {100 * missing:.0f} % are still to compute"
+        print(f"teacher cache: {self.folder}, {size}", flush=True)
+        if missing * whole > free:
+            raise UserError(
+                f"--teacher-cache: the disk has {free:.2f} GB free; choose another folder"
+            )
 
-    def _find(self, epoch):
-        return next(self.folder.glob(f"epoch{epoch}-rank{rank()}-*.npy"), None)
+    def _path(self, epoch, number):
+        return self.folder / f"epoch{epoch}-{number // self.STEPS}.bin"
 
-    def _open(self, epoch, from_start):
-        """Find the answers of this epoch, or begin a file for them."""
-        self.epoch, self.content, self.filling = epoch, None, None
-        path = self._find(epoch)
-        if path:
-            try:
-                content = np.lib.format.open_memmap(path, mode="r")
-                if content.shape == self.shape and _checksum(content) == path.stem[-8:]:
-                    self.content = content
-                    return
-            except Exception:  # numpy names no set of errors for a damaged file
-                pass
-            print(f"note: {path} is damaged and is computed again", file=sys.stderr)
-            path.unlink(missing_ok=True)
-        if from_start:  # a resumed epoch lacks its beginning: a later run fills that in
-            path = self.folder / f"epoch{epoch}-rank{rank()}.{os.getpid()}.tmp"
-            try:
-                self.filling = np.lib.format.open_memmap(path, "w+", np.float32, self.shape)
-                with open(path, "r+b") as file:  # a memory map must not meet a full disk
-                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-            except OSError as error:
-                print(f"note: {path}: {error.strerror}; this epoch is not cached", file=sys.stderr)
-                self.filling = path.unlink(missing_ok=True)
-            except AttributeError:  # a system without posix_fallocate
-                pass
+    def _open(self, path, count):
+        """Read the answers of `count` steps, if they are there."""
+        self.path, self.count, self.known, self.computed = path, count, False, 0
+        self.answers = torch.zeros(count, *self.shape)
+        if path.exists():
+            content = bytearray(path.read_bytes())
+            checksum, content = content[:4], content[4:]
+            self.known = checksum == zlib.crc32(content).to_bytes(4, "big")
+            self.known &= len(content) == self.answers.nbytes
+            if self.known:
+                self.answers = torch.frombuffer(content, dtype=torch.float32).view_as(self.answers)
+            else:
+                print(f"note: {path} is damaged and is computed again", file=sys.stderr)
 
     def ask(self, teacher, images, epoch: int, number: int):
         """The answer to batch `number` of an epoch."""
-        if epoch != self.epoch:
-            self._open(epoch, from_start=number == 0)
-        rows = slice(number * self.batch_rows, number * self.batch_rows + len(images))
-        if self.content is not None:
-            answer = torch.from_numpy(np.array(self.content[rows])).to(self.device)
-            logits, embedding = answer.split(self.widths, 1)
-            return logits, _CachedFeatures(embedding, self, teacher, images)
+        path, slot = self._path(epoch, number), number % self.STEPS
+        if path != self.path:
+            self._open(path, min(self.STEPS, self.steps - number + slot))
+        answer = self.answers[slot, : len(images)]
+        if self.known:
+            logits, embedding = answer.to(self.device).split(self.widths, 1)
+            return logits, Features(embedding, [], [])
         logits, features = teacher(images, return_features=True)
-        if self.filling is not None:
-            answer = torch.cat([logits.float(), features.embedding.float()], 1)
-            self.filling[rows] = answer.cpu().numpy()
-            if rows.stop == len(self.filling):
-                self.filling.flush()
-                path = Path(self.filling.filename)
-                whole = f"{path.name.split('.')[0]}-{_checksum(self.filling)}.npy"
-                self.filling = None
-                with contextlib.suppress(FileNotFoundError):  # the folder was cleared meanwhile
-                    os.replace(path, path.with_name(whole))
+        answer.copy_(torch.cat([logits.float(), features.embedding.float()], 1))
+        self.computed += 1
+        if self.computed == self.count:  # not after a resume in between: a later run fills that in
+            content = self.answers.numpy().tobytes()
+            write_whole(self.path, zlib.crc32(content).to_bytes(4, "big") + content)
         return logits, features
-
-
-class _CachedFeatures:
-    """An embedding from the cache; the teacher runs if feature maps are read too."""
-
-    def __init__(self, embedding, cache, teacher, images):
-        self.embedding, self._run = embedding, (cache, teacher, images)
-
-    @functools.cached_property
-    def _features(self):
-        cache, teacher, images = self._run
-        if not cache.noted:
-            print("note: --teacher-cache holds no feature maps: the teacher runs for them")
-            cache.noted = True
-        with torch.no_grad(), autocast(cache.args):
-            return teacher(images, return_features=True)[1]
-
-    maps = property(lambda self: self._features.maps)
-    preact = property(lambda self: self._features.preact)
-
-
-def _checksum(array) -> str:
-    return f"{zlib.crc32(array):08x}"
 
 
 class Run:
@@ -1405,13 +1442,12 @@ class Run:
 
     def __init__(self, args, data, figures: tuple[str, ...] = ()):
         self.args, self.data, self.dir = args, data, Path(args.out)
-        self.files = (*RUN_FILES, *figures)
-        self.last, self.history, self.board = self.dir / "last.pt", [], None
+        self.files, self.last = (*RUN_FILES, *figures), self.dir / "last.pt"
         self.steps = data.steps(args.batch_size)  # in a whole epoch
         self.total_steps = getattr(args, "iterations", None) or args.epochs * self.steps
         self.num_epochs = math.ceil(self.total_steps / self.steps)  # --iterations: the last is cut
-        self.step, self.done_in_epoch, self.cache = 0, 0, None
-        self.last_save, self.saved, self.saved_meter = time.monotonic(), None, None
+        self.history, self.step, self.done_in_epoch = [], 0, 0
+        self.cache = self.board = self.saved = self.saved_meter = None
         wait_for_all()  # nobody reads what an earlier run is still writing
         if args.resume and self.last.exists():
             self.saved = read_last(self.last)
@@ -1440,8 +1476,8 @@ class Run:
             for half_written in self.dir.glob(f"{name}.*.tmp"):
                 half_written.unlink()
         if self.args.tensorboard:
-            writer = optional("torch.utils.tensorboard", "--tensorboard").SummaryWriter
-            self.board = writer(self.dir / "tensorboard", purge_step=0)
+            board = optional("torch.utils.tensorboard", "--tensorboard")
+            self.board = board.SummaryWriter(self.dir / "tensorboard", flush_secs=10)
 
     def start(self, teacher: nn.Module | None = None, **objects) -> None:
         """Begin, or continue under --resume, with everything that the run trains or rests on.
@@ -1451,12 +1487,13 @@ class Run:
             must be the same in a resumed run.
         """
         args, self.teacher = self.args, teacher
-        self.objects = objects | {"data": self.data.fingerprint}
-        self.objects["teacher"] = teacher.hash if teacher is not None else None
-        same_on_all_ranks([self.objects["data"], self.objects["teacher"]], "data or the teacher")
+        teacher_hash = None if teacher is None else teacher.hash
+        self.objects = objects | {"data": self.data.fingerprint, "teacher": teacher_hash}
+        if len(set(gather_objects((self.data.fingerprint, teacher_hash)))) > 1:
+            raise UserError("torchrun: the data or the teacher differs between ranks")
         if teacher is not None and getattr(args, "teacher_cache", None):
             self.cache = TeacherCache(args, self.data, teacher, self.num_epochs)
-        if self._on_gpu():
+        if self.data.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         # Dropout: the same whatever was built before, and each rank's own for its own images.
         torch.manual_seed((args.seed + 7919 * rank()) % 2**63)
@@ -1465,36 +1502,34 @@ class Run:
         else:
             if rank() == 0:
                 self._set_aside()
+                if self.data.report:
+                    write_whole(self.dir / "data_report.txt", self.data.report.encode())
             for module in objects.values():
                 if isinstance(module, nn.Module):  # all ranks begin with the weights of rank 0
                     broadcast([*module.parameters(), *module.buffers()])
             self._save()
-        self._show_on_board(self.history)  # again, so that no epoch is missing there
         if getattr(args, "compile", False):
             torch.compiler.reset()  # a resumed run must not inherit the kernels of an earlier one
             for network in (objects["student"], teacher):
                 if network is not None:
                     network.compile(dynamic=False)
 
-    def _on_gpu(self):
-        return self.data.device.type == "cuda"
-
     def _set_aside(self):
         """Move the files of an earlier run to a folder old1, old2, ...: nothing is overwritten."""
-        names = [n for n in self.files if (self.dir / n).exists() and n != "tensorboard"]
-        number = 1
-        while (aside := self.dir / f"old{number}").exists():
-            number += 1
-        for name in names:
-            aside.mkdir(exist_ok=True)
-            (self.dir / name).rename(aside / name)
-        if names:
+        if earlier := [name for name in self.files if (self.dir / name).exists()]:
+            taken = [
+                int(path.name[3:]) for path in self.dir.glob("old*") if path.name[3:].isdigit()
+            ]
+            aside = self.dir / f"old{max(taken, default=0) + 1}"
+            aside.mkdir()
+            for name in earlier:
+                (self.dir / name).rename(aside / name)
             print(f"note: the run that was in {self.dir} is kept in {aside}", file=sys.stderr)
 
     def _restore(self):
         saved, self.saved = self.saved, None
-        mine = saved["ranks"][rank()]
         try:
+            mine = saved["ranks"][rank()]
             for name, value in self.objects.items():
                 state = saved["state"][name]
                 if hasattr(value, "load_state_dict"):
@@ -1502,27 +1537,27 @@ class Run:
                 elif value != state:
                     raise ValueError(f"the {name} is another one")
             torch.set_rng_state(mine["rng"])
-            if mine["cuda_rng"] is not None and self._on_gpu():
+            if mine["cuda_rng"] is not None and self.data.device.type == "cuda":
                 torch.cuda.set_rng_state(mine["cuda_rng"])
             self.saved_meter = mine["meter"]
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # whatever else such a file may hold
             reason = [*str(error).splitlines(), ""][0]
             raise UserError(f"--resume: {self.last} is of another run: {reason}") from None
         self.history, self.done_in_epoch = saved["history"], saved["step"]
         self.last_save = time.monotonic()
 
     def _save(self, step=0, meter=None):
+        state = {}
         for name, value in self.objects.items():
-            tensors = value.state_dict().values() if isinstance(value, nn.Module) else ()
+            state[name] = value.state_dict() if hasattr(value, "state_dict") else value
+            tensors = state[name].values() if isinstance(value, nn.Module) else ()
             if not all(torch.isfinite(tensor).all() for tensor in tensors):
                 raise diverged(f"a weight of the {name}", len(self.history) + (meter is not None))
-        cuda_rng = torch.cuda.get_rng_state() if self._on_gpu() else None
+        cuda_rng = torch.cuda.get_rng_state() if self.data.device.type == "cuda" else None
         mine = dict(meter=meter and meter.state(), rng=torch.get_rng_state(), cuda_rng=cuda_rng)
         ranks = gather_objects(mine)
         self.last_save = time.monotonic()
         if rank() == 0:
-            objects = self.objects.items()
-            state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in objects}
             content = dict(step=step, state=state, ranks=ranks, history=self.history)
             save_whole(self.last, content | {"args": lasting(self.args)})
 
@@ -1558,13 +1593,17 @@ class Run:
         self.metrics = self.meter.close()
 
     @torch.no_grad()
-    def ask(self, teacher: nn.Module, images: Tensor) -> tuple[Tensor, Features]:
-        """The teacher's logits and features for this batch, without gradient.
+    def ask(self, teacher: nn.Module, images: Tensor, maps: bool = False):
+        """The teacher's (logits, Features) for this batch, without gradient.
 
-        They come from --teacher-cache if it has them. It holds no feature maps: the teacher runs
-        for those only when they are read.
+        maps: whether feature maps are needed. --teacher-cache has none, so that the teacher runs.
         """
-        if self.cache is None:
+        if self.cache is None or maps:
+            if self.cache is not None:
+                print(
+                    "note: --teacher-cache holds no feature maps, so the teacher runs in every step"
+                )
+                self.cache = None
             return teacher(images, return_features=True)
         return self.cache.ask(teacher, images, self.epoch, self.step % self.steps)
 
@@ -1573,7 +1612,7 @@ class Run:
         precision becomes float32. Differentiable."""
         half = (torch.bfloat16, torch.float16)
         tensors = tuple(t.float() if t.dtype in half else t for t in tensors)
-        if world() == 1 or self.args.gather == "local":
+        if world() == 1:
             return tensors
         total = torch.tensor(len(tensors[0]))  # on the CPU: a GPU would have to finish first
         sum_over_ranks(total)
@@ -1582,7 +1621,7 @@ class Run:
     def mean_over_ranks(self, loss: Tensor, images: int) -> Tensor:
         """The loss of the whole batch, from the mean over this rank's `images`: differentiable, for
         losses of one image at a time, whose inputs would be large to all-gather."""
-        if world() == 1 or self.args.gather == "local":
+        if world() == 1:
             return loss
         total = torch.tensor(images)
         sum_over_ranks(total)
@@ -1611,29 +1650,25 @@ class Run:
     def end_epoch(self, **scores) -> None:
         """Print and keep the epoch's metrics and scores, and everything needed to go on."""
         lr = self.objects["optimizer"].param_groups[0]["lr"]
-        metrics = self.metrics | scores | {"lr": lr}
         first = next(iter(scores))  # of detection's many
         self.meter.show(self.metrics | {first: scores[first], "lr": lr})
-        self.history.append(metrics)
+        self.history.append(self.metrics | scores | {"lr": lr})
         self._save()
-        if rank() == 0:
-            self._write_metrics()
-        self._show_on_board([metrics])
+        self._write_logs()
+        for name, value in self.history[-1].items() if self.board else ():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(name, value, self.epoch + 1)
         [stop] = max_over_ranks(_Signals.pending)
         if stop:
             raise Stopped(stop)
         _Signals.waiting = False
 
-    def _write_metrics(self):
-        lines = "".join(json.dumps(line) + "\n" for line in self.history)
-        write_whole(self.dir / "metrics.jsonl", lines.encode())
-
-    def _show_on_board(self, epochs):
-        for metrics in epochs if self.board else ():
-            for name, value in metrics.items():
-                if isinstance(value, (int, float)):
-                    self.board.add_scalar(name, value, metrics["epoch"])
-            self.board.flush()
+    def _write_logs(self):
+        if rank() == 0:
+            lines = "".join(json.dumps(line) + "\n" for line in self.history)
+            write_whole(self.dir / "metrics.jsonl", lines.encode())
+            if self.data.report:
+                write_whole(self.dir / "data_report.txt", self.data.report.encode())
 
     def finish(self, **more) -> dict:
         """Write `student.pt` and `result.json`, with `more` in it. Returns: the result."""
@@ -1652,9 +1687,9 @@ class Run:
         result |= more | dict(seconds=round(seconds, 3), images_per_second=rate)
         result |= dict(script=f"{args.script}.py", argv=sys.argv[1:], args=kept)
         result |= environment(data.device)
+        self._write_logs()  # again: a stop may have come between last.pt and it
         if rank() == 0:
             student = self.objects["student"].state_dict()
-            self._write_metrics()  # again: a stop may have come between last.pt and it
             save_whole(self.dir / "student.pt", {k: v.cpu() for k, v in student.items()})
             write_whole(self.dir / "result.json", (json.dumps(result, indent=1) + "\n").encode())
         wait_for_all()  # the files are there
@@ -1670,21 +1705,17 @@ def device_name(device: torch.device) -> str:
 def environment(device) -> dict:
     """What a result needs beside its arguments to be understood, and perhaps repeated."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
+    commit = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    on_gpu, unit = device.type == "cuda", 1 if sys.platform == "darwin" else 1024
-    peak = torch.cuda.max_memory_allocated() if on_gpu else None  # since the run began
-    if resource and not on_gpu:  # since the process began, in bytes or kilobytes
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     versions = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
+    on_gpu = device.type == "cuda"
     return dict(
-        peak_memory_mb=peak and peak // 2**20,
         commit=commit,
         versions=dict(python=platform.python_version(), **versions),
         device=device_name(device),
         tf32=on_gpu and torch.backends.cudnn.allow_tf32,  # of convolutions, under fp32
+        peak_memory_mb=torch.cuda.max_memory_allocated() // 2**20 if on_gpu else None,
     )
 
 
@@ -1702,7 +1733,8 @@ class Meter:
 
     def __init__(self, run, saved: dict | None):
         self.run, self.rows, self.shown = run, [], time.perf_counter()
-        vars(self).update(saved or dict(images=0, sums=0.0, names=(), seconds=0.0))
+        empty = dict(images=0, sums=0.0, names=(), seconds=0.0, of_this_rank=False)
+        vars(self).update(saved or empty)
         self.start = self.shown - self.seconds
         self.live = bool(sys.stdout) and sys.stdout.isatty()
 
@@ -1710,7 +1742,8 @@ class Meter:
         """What a checkpoint within an epoch needs of it."""
         self.read()
         self.seconds = time.perf_counter() - self.start
-        return {name: getattr(self, name) for name in ("images", "sums", "names", "seconds")}
+        names = ("images", "sums", "names", "seconds", "of_this_rank")
+        return {name: getattr(self, name) for name in names}
 
     @torch.no_grad()
     def add(self, terms: dict, samples, logits: Tensor | None) -> None:
@@ -1719,7 +1752,8 @@ class Meter:
         if logits is not None:
             row["correct"] = (logits.argmax(1) == samples).float().mean()
         self.rows.append((len(samples), torch.stack([*row.values()])))
-        if logits is None:  # detection: steps are slow, and single images can be the cause
+        self.of_this_rank = logits is None  # detection: its losses are not of the whole batch
+        if self.of_this_rank:  # steps are slow, and single images can be the cause of nan
             self.read(f" of images {', '.join(map(str, samples))}")
         if time.perf_counter() - self.shown > 0.5:
             self.shown = time.perf_counter()
@@ -1756,7 +1790,7 @@ class Meter:
     def close(self) -> dict:
         """The metrics of the whole epoch, over all ranks."""
         self.read()
-        if getattr(self.run.args, "gather", "local") == "local":  # each logs a share of the batch
+        if self.of_this_rank:
             sum_over_ranks(self.sums)
             self.images = sum(gather_objects(self.images))
         return self.metrics()
@@ -1784,12 +1818,14 @@ def flag(name: str) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: a GPU if there is one. Raises: UserError if cuda is asked for and absent."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no GPU here; use --device cpu or auto")
+    """auto: a GPU if there is one. Raises: UserError if the device is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name, torch.cuda.current_device() if name == "cuda" else None)
+    kind, _, index = name.partition(":")
+    counts = dict(cpu=1, cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()))
+    if int(index or 0) >= counts[kind]:
+        raise UserError(f"--device {name}: PyTorch sees no such device; use --device cpu or auto")
+    return torch.device(name if index or kind != "cuda" else f"cuda:{torch.cuda.current_device()}")
 
 
 def autocast(args):
@@ -1812,7 +1848,7 @@ def evaluate(model: nn.Module, data: Data, args) -> float:
     every rank has its own, are those of rank 0.
     """
     model.eval()
-    take_buffers(model)
+    broadcast(model.buffers())
     correct = torch.zeros((), dtype=torch.int64, device=data.device)
     for images, labels in data.batches("test", 500, shared=True):
         with autocast(args):
@@ -1876,9 +1912,10 @@ def load_teacher(teacher: nn.Module, args, data: Data, distill) -> nn.Module:
         load_weights(teacher, path)
     teacher = teacher.to(data.device, memory_format=torch.channels_last).requires_grad_(False)
     teacher.hash = state_hash(teacher)
-    key = (teacher.hash, data.fingerprint, args.precision)
+    key = (teacher.hash, data.fingerprint, args.precision, device_name(data.device))
     if key not in _EVALUATED:
-        _EVALUATED[key] = _teacher_top1(teacher, data, args)
+        file = args.teacher_cache and Path(args.teacher_cache, f"top1-{'-'.join(key[:2])}.pt")
+        _EVALUATED[key] = cached(file, key, lambda: evaluate(teacher, data, args))
         print(f"teacher {args.teacher} from {path}: test {_EVALUATED[key]:.2f} %", flush=True)
         if near_chance(_EVALUATED[key], data.num_classes):
             problem = f"{path}: {_EVALUATED[key]:.2f} % on the test images is near chance"
@@ -1889,55 +1926,49 @@ def load_teacher(teacher: nn.Module, args, data: Data, distill) -> nn.Module:
     return teacher.eval()
 
 
-def _teacher_top1(teacher, data, args):
-    """Its accuracy, from --teacher-cache if it is there."""
-    if not args.teacher_cache:
-        return evaluate(teacher, data, args)
-    made_by = dict(teacher=teacher.hash, data=data.fingerprint, precision=args.precision)
-    made_by["device"] = device_name(data.device)
-    path = Path(args.teacher_cache) / f"top1-{teacher.hash}-{data.fingerprint}.pt"
-    return cached(path, made_by, lambda: evaluate(teacher, data, args))
-
-
-# Published weights of CIFAR teachers (BSD-3): a release, and its files, named with their hashes.
-PUBLISHED = "https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet"
-PUBLISHED_FILES = """cifar100_resnet20-23dac2f1.pt cifar100_resnet32-84213ce6.pt
-cifar100_resnet44-ffe32858.pt cifar100_resnet56-f2eff4c8.pt cifar10_resnet20-4118986f.pt
-cifar10_resnet32-ef93fc4d.pt cifar10_resnet44-2a3cabcb.pt cifar10_resnet56-187c023a.pt""".split()
+# Published weights of CIFAR teachers (BSD-3), and how the SHA-256 of each file begins.
+RELEASE = "https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet"
+PUBLISHED = {
+    **dict(cifar100_resnet20="23dac2f1", cifar100_resnet32="84213ce6"),
+    **dict(cifar100_resnet44="ffe32858", cifar100_resnet56="f2eff4c8"),
+    **dict(cifar10_resnet20="4118986f", cifar10_resnet32="ef93fc4d"),
+    **dict(cifar10_resnet44="2a3cabcb", cifar10_resnet56="187c023a"),
+}
 
 
 def _published(name: str) -> Path:
     """The file of published weights in PyTorch's hub cache, downloaded if it is not there."""
-    file = next((file for file in PUBLISHED_FILES if file.split("-")[0] == name), None)
-    if file is None:
-        known = ", ".join(file.split("-")[0] for file in PUBLISHED_FILES)
-        raise UserError(f"--pretrained-teacher: not {name}; imagenet, or one of {known}")
-    folder = Path(torch.hub.get_dir(), "checkpoints")
-    path, url = folder / file, f"{PUBLISHED}/{file}"
+    if name not in PUBLISHED:
+        raise UserError(f"--pretrained-teacher: not {name}; imagenet, or one of {list(PUBLISHED)}")
+    file = f"{name}-{PUBLISHED[name]}.pt"
+    path = Path(torch.hub.get_dir(), "checkpoints", file)
     try:
         with one_rank_first():
             if not path.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(url, str(path), file[-11:-3], progress=False)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot download {url} ({error}); put that file into {folder}") from None
-    if hashlib.sha256(path.read_bytes()).hexdigest()[:8] != file[-11:-3]:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(f"{RELEASE}/{file}", str(path), progress=False)
+    except OSError as error:
+        todo = f"({error}); put that file into {path.parent}"
+        raise UserError(f"cannot download {RELEASE}/{file} {todo}") from None
+    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(PUBLISHED[name]):
         raise UserError(f"{path}: damaged or another file; delete it")
     return path
 
 
 def near_chance(top1: float, num_classes: int) -> bool:
-    """Below twice chance; with two or three classes that is out of reach, so 1.2 times."""
-    return top1 < (2 if num_classes > 3 else 1.2) * 100 / num_classes
+    """Below twice chance; with few classes, where that is much, below chance and 10 points."""
+    return top1 < min(200 / num_classes, 100 / num_classes + 10)
 
 
 # What a teacher's training shares with its student's; all else belongs to the method and is off.
-TEACHER_OPTIMIZER = ("recipe", "lr", "batch_size", "momentum", "nesterov", "weight_decay")
-TEACHER_KEEPS = ("dataset", "data_dir", "image_size", "train_size", "val_size", "precision")
-TEACHER_KEEPS += ("device", "workers", "compile", "script", "pretrained", "gather")
-TEACHER_KEEPS += ("save_minutes", "tensorboard", *TEACHER_OPTIMIZER)
+TEACHER_OPTIMIZER = ["recipe", "lr", "batch_size", "momentum", "nesterov", "weight_decay"]
+TEACHER_KEEPS = (
+    """dataset data_dir image_size train_size val_size precision device workers compile
+script pretrained save_minutes tensorboard skip_bad_images""".split()
+    + TEACHER_OPTIMIZER
+)
 # What decides its weights, besides the data; recorded in its checkpoint.
-TEACHER_RECIPE = ("student", "epochs", "seed", "precision", "image_size", "pretrained", "script")
+TEACHER_RECIPE = "student epochs seed precision image_size pretrained script".split()
 TEACHER_RECIPE += TEACHER_OPTIMIZER
 
 
@@ -1988,10 +2019,9 @@ def _check_recipe(path, recipe):
         different = [other.pop(k) for k in ("script", *TEACHER_OPTIMIZER) if k in other]
         print(f"note: {path} was trained with {', '.join(different)}; used as it is", flush=True)
     if other:
-        raise UserError(
-            f"{path} was trained with different settings: {', '.join(other.values())}. Match them,"
-            f" pass --teacher-ckpt {path} to accept it, or delete it to retrain"
-        )
+        advice = f"Match them, pass --teacher-ckpt {path} to accept it, or delete it to retrain"
+        problem = f"{path} was trained with different settings: {', '.join(other.values())}"
+        raise UserError(f"{problem}. {advice}")
 
 
 # --- The command line ------------------------------------------------------------------------
@@ -2020,6 +2050,13 @@ def file_path(text: str) -> str:
     """An argparse type. An empty name is a variable of the shell that was not set."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("must name a file or folder")
+    return os.path.expanduser(text)  # after = the shell leaves ~ as it is
+
+
+def device(text: str) -> str:
+    """An argparse type: the name of a device; whether it is there is found out later."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text}: must be auto, cpu, cuda, cuda:N or mps")
     return text
 
 
@@ -2066,10 +2103,14 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, recipes: dict) -> None
 
 def fill_recipe(args, recipe: dict) -> None:
     """Give every flag that the command line left open the recipe's value."""
+    if args.eval and not args.student:  # the result beside the checkpoint knows the network
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            content = json.loads(Path(args.eval).with_name("result.json").read_text())
+            args.student = content["student"]
 
     def default_lr(network):
         small = network.lower().startswith(("mobile", "shuffle"))
-        return recipe["small_lr"] if small and "small_lr" in recipe else recipe["lr"]
+        return recipe.get("small_lr", recipe["lr"]) if small else recipe["lr"]
 
     for name, value in {"pretrained": False, **recipe}.items():
         if name != "lr" and getattr(args, name, 0) is None:
@@ -2084,7 +2125,8 @@ def fill_recipe(args, recipe: dict) -> None:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Data, teacher weights, files and hardware: what a methods section would not mention."""
-    add, count = parser.add_argument_group("data and teacher").add_argument, positive_int
+    group, count = parser.add_argument_group("data and teacher"), positive_int
+    add = group.add_argument
     add("--dataset", type=one_of("data set", list(STATS)), default="cifar100", metavar="NAME",
         help=f"{', '.join(STATS)}; shapes is synthetic, without files (default: cifar100)")
     add("--data-dir", type=file_path, default="data", metavar="DIR",
@@ -2095,31 +2137,35 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="train on N images, as many of each class (default: all)")
     add("--val-size", type=count, metavar="N", help="hold N training images out and test on them,"
         " to choose weights without the test set (default: off)")
-    add("--teacher-ckpt", type=file_path, metavar="FILE", help="the teacher's weights, such as"
+    one = group.add_mutually_exclusive_group().add_argument
+    one("--teacher-ckpt", type=file_path, metavar="FILE", help="the teacher's weights, such as"
         " RepDistiller's (default: checkpoints/<dataset>_<teacher>.pt, trained first)")
-    add("--pretrained-teacher", action="store_true", help="published weights for the teacher:"
+    one("--pretrained-teacher", action="store_true", help="published weights for the teacher:"
         " torchvision's for imagenet; resnet20, 32, 44 and 56 for cifar100 and cifar10")
     add("--teacher-cache", type=file_path, metavar="DIR", help="write the teacher's logits and"
         " embeddings of every batch once, and read them in later runs (default: off)")
-    add = parser.add_argument_group("run").add_argument
-    add_file_arguments(add)
+    group = parser.add_argument_group("run")
+    add_file_arguments(group)
+    add = group.add_argument
     add("--compile", action="store_true", help="torch.compile both networks: slow start, for GPUs")
-    add("--gather", choices=("global", "local"), default="global",
-        help="under torchrun, losses see the whole batch or a rank's share (default: global)")
     add("--workers", type=number(int, 0, 256), metavar="N",
         help="threads or processes that decode images (default: one a core)")
 
 
-def add_file_arguments(add) -> None:
-    """Seeds, hardware and files, for classification and detection. add: a parser's add_argument."""
-    add("--seed", type=seed, default=0, metavar="N", help="of initial weights, order of batches,"
+def add_file_arguments(group) -> None:
+    """Seeds, hardware and files, for classification and detection, into a group of a parser."""
+    add = group.add_argument
+    one = group.add_mutually_exclusive_group().add_argument
+    one("--seed", type=seed, default=0, metavar="N", help="of initial weights, order of batches,"
         " augmentation and dropout (default: 0)")
-    add("--seeds", type=seed, nargs="+", metavar="N", help="one run for each; prints mean, spread")
+    one("--seeds", type=seed, nargs="+", metavar="N", help="one run for each; prints mean, spread")
     add("--compare", action="store_true", help="train the baselines too, such as CE alone and KD")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, with losses"
         " in float32 (default: fp32; on GPUs convolutions may use TF32)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
-        help="auto: a GPU if there is one (default: auto)")
+    add("--device", type=device, default="auto", metavar="NAME",
+        help="auto (a GPU if there is one), cpu, cuda, cuda:N or mps (default: auto)")
+    add("--skip-bad-images", action="store_true", help="leave images out that cannot be read, and"
+        " say which (default: stop at the first)")
     add("--save-minutes", type=positive, default=15.0, metavar="X",
         help="save within an epoch too, every so many minutes (default: 15)")
     add("--out", type=file_path, metavar="DIR", help="folder of the run (default:"
@@ -2155,10 +2201,6 @@ def launch(distill, args, baselines: dict, needed: tuple[str, ...] = ()):
         return print(f"{args.student} from {args.eval}: test {top1:.2f} %")
     if getattr(args, "plot", False):
         pyplot()  # fail now, not after the training
-    if args.seeds and args.seed:
-        raise UserError("--seed and --seeds: choose one")
-    if args.teacher_ckpt and getattr(args, "pretrained_teacher", False):
-        raise UserError("--teacher-ckpt and --pretrained-teacher: choose one")
     if args.teacher_ckpt:
         read_checkpoint(args.teacher_ckpt)  # fail before the data is read
     if args.tensorboard:
@@ -2197,22 +2239,18 @@ def _planned_runs(args, baselines, needed):
 def summary(results: list[dict]) -> str:
     """A Markdown table of the runs of one command: a row a method, last epoch, mean and spread."""
     first = results[0]
-    score = "student_top1" if "student_top1" in first else "student_ap"
-    teacher = first["teacher"]
-    if teacher:
+    score, unit = ("student_top1", "top-1 %") if "student_top1" in first else ("student_ap", "AP")
+    teacher = first["teacher"] or "no teacher"
+    if first["teacher"]:
         teacher += f" ({first[score.replace('student', 'teacher')]:.2f})"
     lines = [
         f"{first['dataset']}, {first['train_images']:,} training images, {first['epochs']} epochs,"
-        f" {teacher or 'no teacher'} -> {first['student']}",
-        "",
-        f"| method | n | {'top-1 %' if score == 'student_top1' else 'AP'} | lowest, highest |",
-        "|---|---|---|---|",
+        f" {teacher} -> {first['student']}\n",
+        f"| method | n | {unit} | lowest, highest |\n|---|---|---|---|",
     ]
     for method in dict.fromkeys(result["method"] for result in results):
         values = [result[score] for result in results if result["method"] == method]
-        text = f"{statistics.mean(values):.2f}"
-        if len(values) > 1:
-            text += f" ± {statistics.stdev(values):.2f}"
-        extremes = f"{min(values):.2f}, {max(values):.2f}"
-        lines.append(f"| {method} | {len(values)} | {text} | {extremes} |")
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        mean, extremes = statistics.mean(values), f"{min(values):.2f}, {max(values):.2f}"
+        lines.append(f"| {method} | {len(values)} | {mean:.2f}{spread} | {extremes} |")
     return "\n".join(lines)

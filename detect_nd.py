@@ -438,11 +438,10 @@ def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data-dir", type=file, default="data", help="folder in COCO's layout (default: data)")
     add("--train-split", default="train2017", help="name of the split (default: train2017)")
     add("--val-split", default="val2017", help="name of the split (default: val2017)")
-    add("--skip-bad-images", action="store_true", help="leave out, and count, what cannot be read")
     add("--train-size", type=count, help="number of training images (default: all)")
     add("--workers", type=common.number(int, 0, 256), help="processes that decode images (default:"
         " one a core, at most 8; shapes: 0)")  # fmt: skip
-    common.add_file_arguments(add)
+    common.add_file_arguments(parser)
     add("--per-class", action="store_true", help="with --eval: print the AP of each class too")
     add("--predict", type=file, nargs="+", help="with --eval: draw detections on these images")
     add("--plot", action="store_true", help="draw boxes: ground truth, no distillation, student")
@@ -481,7 +480,7 @@ class DetectionData:
         digest = hashlib.sha256(b"".join(contents))
         for images in (train, self.val):
             digest.update(repr([image["id"] for image in images]).encode())
-        self.fingerprint = digest.hexdigest()[:16]
+        self.fingerprint, self.report = digest.hexdigest()[:16], ""
         self.bad_images = sum(len(table.imgs) for table in tables) - len(train) - len(self.val)
         train = [image for image in train if len(image["labels"])]
         print(f"data: {len(train)} images with boxes to train on, {self.bad_images} bad images")
@@ -558,7 +557,7 @@ class Decoder(torch.utils.data.Dataset):
         index, flip = key
         path, size = self.files[index]
         try:
-            image = common.read_rgb(path)
+            image = common.read_rgb(path, upright=False)
         except common.UserError as error:
             return str(error)
         if image.size != size:
@@ -768,9 +767,7 @@ def _download(weights):
 def load_detector(name: str, num_classes: int, args, path: str | Path) -> nn.Module:
     """A frozen detector in eval mode with the weights in `path`. Raises: UserError: no fit."""
     net = build_detector(name, num_classes, args, frozen_norm=True)
-    state = common.read_state_dict(path)
-    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
-    common.load_weights(net, path, state)
+    common.load_weights(net, path)
     return net.eval().requires_grad_(False)
 
 
@@ -864,7 +861,7 @@ def evaluate_detector(model: nn.Module, data: DetectionData, args) -> tuple[dict
     """`coco_ap` of the model's detections on the validation split. Leaves the model in eval mode,
     with the BatchNorm statistics of rank 0."""
     model.eval()
-    common.take_buffers(model)
+    common.broadcast(model.buffers())
     found = []
     for images, _, image_ids in data.batches(data.val, args.batch_size, shared=True):
         with common.autocast(args):
@@ -900,13 +897,14 @@ def evaluate_file(args) -> None:
             print(*(f"  {names[category]}: {ap}" for category, ap in by_class.items()), sep="\n")
         return
     if not classes:
-        bias = common.read_state_dict(args.eval).get("roi_heads.box_predictor.cls_score.bias", ())
+        name = "roi_heads.box_predictor.cls_score.bias"  # one value a class
+        bias = common.read_state_dict(args.eval, {name: torch.zeros(91)}).get(name, ())
         classes = COCO_CLASSES if len(bias) == 91 else [f"class {k}" for k in range(len(bias))]
     device, folder = common.pick_device(args.device), Path(args.out or "predictions")
     student = load_detector(args.student, len(classes), args, args.eval).to(device)
     folder.mkdir(parents=True, exist_ok=True)
     for name in args.predict:
-        image = torch.from_numpy(np.array(common.read_rgb(name, upright=True))).permute(2, 0, 1)
+        image = torch.from_numpy(np.array(common.read_rgb(name))).permute(2, 0, 1)
         drawn, words = with_boxes(image, student([image.to(device).float() / 255])[0], classes)
         path = folder / f"{Path(name).stem}-boxes.png"
         Image.fromarray(drawn).save(path)

@@ -248,7 +248,8 @@ def distill(args: argparse.Namespace) -> dict:
         layers = torch.nn.BatchNorm1d(student.embed_dim), torch.nn.Dropout(0.5), linear
         auxiliary["projector"] = torch.nn.Sequential(*layers)
     base_name = args.base if args.kd_weight else "none"
-    if base_name == "reviewkd":
+    needs_maps = base_name == "reviewkd"
+    if needs_maps:
         # Levels, as published: the stage outputs and, deepest, the embedding as a 1x1 map.
         s_channels = [c for c, _, _ in student.stage_shapes] + [student.embed_dim]
         t_channels = [c for c, _, _ in teacher.stage_shapes] + [teacher.embed_dim]
@@ -264,8 +265,7 @@ def distill(args: argparse.Namespace) -> dict:
     asks_teacher = args.kd_weight or args.nd_weight or args.norm_weight  # in every step
     if args.nd_weight or args.direction_weight:
         batches = data.batches("train", 500, augment=args.class_means == "augmented", shared=True)
-        made_by = {"teacher": teacher.hash, "data": data.fingerprint, "images": args.class_means}
-        made_by["device"] = common.device_name(data.device)
+        made_by = teacher.hash, data.fingerprint, args.class_means, common.device_name(data.device)
         path = common.Path(args.teacher_cache or run.dir) / "class_means.pt"
         means = common.cached(
             path, made_by, lambda: compute_class_means(teacher, batches, data.num_classes)
@@ -292,14 +292,14 @@ def distill(args: argparse.Namespace) -> dict:
                 logits, features = student(images, return_features=True)
                 student_emb = auxiliary["projector"](features.embedding)
                 if asks_teacher:
-                    teacher_logits, teacher_features = run.ask(teacher, images)
+                    teacher_logits, teacher_features = run.ask(teacher, images, needs_maps)
                     teacher_emb = teacher_features.embedding
-                if base_name == "reviewkd":
+                if needs_maps:
                     maps = [*features.maps, features.embedding[..., None, None]]
                     teacher_maps = [*teacher_features.preact, teacher_emb[..., None, None]]
                     maps = [m.float() for m in auxiliary["review"](maps, teacher_maps)]
 
-            # Under torchrun losses see the whole batch (not: --gather local). Now float32.
+            # Under torchrun losses see the whole batch. all_gather returns float32.
             logits, student_emb, labels = run.all_gather(logits, student_emb, labels)
             if asks_teacher:
                 teacher_logits, teacher_emb = run.all_gather(teacher_logits, teacher_emb)

@@ -167,7 +167,8 @@ def distill(args) -> dict:
     teacher = common.build_for(data, args.teacher) if args.teacher else None
 
     # Does this pair have the feature maps that the losses compare? Shapes are (C, H, W), by stage.
-    if args.at_weight or (args.sp_weight and args.relation != "cc"):
+    needs_maps = args.at_weight or (args.sp_weight and args.relation != "cc")
+    if needs_maps:
         s, t = student.stage_shapes, teacher.stage_shapes
         if not s or not t:
             raise common.UserError("no feature maps in this pair: use --relation cc --at-weight 0")
@@ -198,7 +199,7 @@ def distill(args) -> dict:
             with common.autocast(args):
                 logits, features = student(images, return_features=True)
                 if args.sp_weight or args.kd_weight or args.at_weight:
-                    teacher_logits, teacher_features = run.ask(teacher, images)
+                    teacher_logits, teacher_features = run.ask(teacher, images, needs_maps)
 
             # sp, cc, kd: of the whole batch, under torchrun too. all_gather returns float32.
             logits, labels = run.all_gather(logits, labels)

@@ -199,26 +199,56 @@ def test_a_folder_is_decoded_once(cwd, capsys):
         (tree / "train" / a).rename(tree / "train" / b)
     images = load().train.images
     assert torch.equal(images[:8], torch.cat([second.train.images[4:8], second.train.images[:4]]))
-    caches = sorted(tree.glob(".decoded*"))
-    assert caches
-    for cache in caches:
-        for damaged in (b"torn", b"", cache.read_bytes()[:-10]):
-            cache.write_bytes(damaged)
-            assert torch.equal(load().train.images, images)
     assert load(image_size=24).train.images.shape == (12, 24, 24, 3)
 
 
-def test_images_of_every_mode(cwd):
-    """Other sizes, grey and CMYK; hidden files and texts are skipped."""
+def test_images_of_every_mode(cwd, capsys):
+    """Other sizes, grey and CMYK; what is left out or changed is counted, and hidden is nothing."""
     folder = make_tree("tree", size=40) / "train/class0"
     Image.fromarray(np.zeros((20, 50), np.uint8)).save(folder / "grey.png")
     Image.new("CMYK", (64, 48)).save(folder / "ink.jpg")
     (folder / "._0.png").write_bytes(b"not an image")
     (folder / "notes.txt").write_text("not an image")
     (folder.parent / ".cache").mkdir()
-    data = load()
-    assert data.classes == ["class0", "class1", "class2"] and data.train_images == 14
-    assert data.train.images.shape == (14, 32, 32, 3)
+    (folder / ".ipynb_checkpoints").mkdir()
+    Image.new("RGB", (40, 40)).save(folder / ".ipynb_checkpoints/0.png")
+    for name in ("a.gif", "b.jfif", "c.bmp"):
+        Image.new("RGB", (40, 40)).save(folder / name, "jpeg" if "jfif" in name else None)
+    (folder / "bad.jpg").write_bytes(b"torn")
+    with pytest.raises(UserError, match="bad.jpg.*--skip-bad-images"):
+        load()
+    data = load(skip_bad_images=True)
+    assert data.classes == ["class0", "class1", "class2"] and data.train_images == 17
+    assert data.train.images.shape == (17, 32, 32, 3)
+    said = capsys.readouterr().out
+    for words in ("train: 17 images", "1 left out, not images (tree/train/class0/notes.txt)"):
+        assert words in said
+    for kind in ("left out, unreadable: {}bad.jpg", "L turned to RGB: {}grey.png"):
+        assert f"train: {kind.format('tree/train/class0/')}\n" in data.report
+    assert len(data.report.splitlines()) == 5  # and a palette, and the ink
+
+
+def test_exif_says_which_side_is_up(cwd):
+    exif = Image.Exif()
+    exif[274] = 6
+    picture = np.zeros((40, 40, 3), np.uint8)
+    picture[:, 20:] = 255
+    Image.fromarray(picture).save(make_tree("tree", size=40) / "val/class0/a.png", exif=exif)
+    first = load().test.images[0].float()
+    assert first[:12].mean() < 5 and first[-12:].mean() > 250
+
+
+@pytest.mark.parametrize("layout", ["valid", "none"])
+def test_other_names_of_the_splits(cwd, layout):
+    tree = make_tree("tree")
+    (tree / "val").rename(tree / "valid")
+    if layout == "valid":
+        assert load().test_images == 6
+        return
+    data = load(data_dir="tree/train", val_size=3)
+    assert data.test_images == 3 and data.train_images == 9
+    with pytest.raises(UserError, match="tree/train/train"):
+        load(data_dir="tree/train")
 
 
 def test_more_than_eight_bits_are_refused_never_clipped(cwd):

@@ -70,9 +70,9 @@ def test_commands_run(cwd, few_shapes, any_teacher_passes, monkeypatch, capsys, 
         monkeypatch.setenv("TORCH_HOME", str(cwd))
         Path("hub/checkpoints").mkdir(parents=True)
         content = Path(teacher_file(classes=20)).read_bytes()
-        name = f"cifar100_resnet56-{hashlib.sha256(content).hexdigest()[:8]}.pt"
-        Path("hub/checkpoints", name).write_bytes(content)
-        monkeypatch.setattr(common, "PUBLISHED_FILES", [name])
+        digest = hashlib.sha256(content).hexdigest()[:8]
+        Path(f"hub/checkpoints/cifar100_resnet56-{digest}.pt").write_bytes(content)
+        monkeypatch.setattr(common, "PUBLISHED", {"cifar100_resnet56": digest})
     for name in set(re.findall(r"[\w./-]+\.pth?\b", command)):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         network = re.search(r"--student (\S+)", command) if "student" in name else None
@@ -110,7 +110,7 @@ def test_the_command_for_several_gpus_is_understood():
     """tests/test_ranks.py runs such commands."""
     found = re.findall(r"torchrun --nproc_per_node=\d+ (\w+)\.py ([^`\n]*)", README)
     for script, flags in found:
-        assert MODULES[script].parse_args(shlex.split(flags)).gather == "global"
+        assert MODULES[script].parse_args(shlex.split(flags)).resume is False
     assert found
 
 

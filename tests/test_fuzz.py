@@ -24,7 +24,7 @@ FLAGS = """
 --batch-size --momentum --weight-decay --teacher-ckpt --teacher-epochs --teacher-lr --temperature
 --ce-weight --kd-weight --nd-weight --sp-weight --dcd-weight --metric-weight --metric --relation
 --base --terms --alpha --beta --seed --seeds --precision --device --save-minutes --out --resume
---compare --plot --deterministic --eval --workers --gather --recipe --transfer --student-ckpt
+--compare --plot --deterministic --eval --workers --recipe --transfer --student-ckpt
 --nesterov --no-nesterov --pretrained --compile
 """.split()
 WORDS = "resnet8 resnet56 vgg8 cifar100 shapes imagenet 0 1 2 -1 0.5 1e9 1e-400 nan inf 1e300 paper"

@@ -93,7 +93,7 @@ class FourSteps:
     def batches(self):
         yield batches()[self.batch]
 
-    def ask(self, teacher, images):
+    def ask(self, teacher, images, maps=False):
         assert teacher is networks()["resnet56"] and not teacher.training
         assert images is batches()[self.batch][0]
         logits, features = answer(self.batch)

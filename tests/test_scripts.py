@@ -639,11 +639,11 @@ EVERY = {  # arguments of any script -> words of the error
 }
 ONE = {  # script and arguments -> words of the error
     "nd --student vit_b_16": "vit_b_16 does not take 16-pixel images",
-    "nd --seed 7 --seeds 0 1": "--seed and --seeds",
+    "nd --seed 7 --seeds 0 1": "--seeds: not allowed with argument --seed",
     "nd --eval chance.pth --seeds 0 1": "--eval.*--seeds",
     "nd --ce-weight 0 --kd-weight 0 --nd-weight 0": "--ce-weight 0",
     "nd --base reviewkd --student vgg8": "--base reviewkd.*stages",
-    "nd --teacher-ckpt chance.pth --pretrained-teacher": "choose one",
+    "nd --teacher-ckpt chance.pth --pretrained-teacher": "--pretrained-teacher: not allowed with",
     "nd --pretrained-teacher": "--pretrained-teacher",
     "nd --pretrained": "resnet8: no weights to download",
     "sp --relation at": "--relation",

@@ -71,14 +71,14 @@ def test_stopped_in_mid_epoch_and_resumed(number):
     assert same(weights("whole/student.pt"), weights("o/student.pt"))
     assert run("nd", f"{COMMAND} --teacher-cache c --out again") == 0  # fills what was left open
     assert same(weights("whole/student.pt"), weights("again/student.pt"))
-    assert len(list(Path("c").glob("*/epoch*.npy"))) == 2
+    assert len(list(Path("c").glob("*/epoch*.bin"))) == 2
 
 
 def test_a_torn_or_foreign_file_is_computed_again_and_said(capsys):
     teacher_file()
     assert run("dcd", f"{COMMAND} --teacher-cache c --out a") == 0
-    for position in (-1, 0, 20, None):  # a number, the format's name, its header; cut off
-        first, second = sorted(Path("c").glob("*/*.npy"))
+    for position in (-1, 0, 20, None):  # a number, the checksum, another number; cut off
+        first, second = sorted(Path("c").glob("*/*.bin"))
         content = bytearray(second.read_bytes())
         if position is not None:
             content[position] ^= 1
@@ -102,11 +102,11 @@ def test_bad_folders_and_full_disks_are_one_line(monkeypatch, capsys):
 
 def test_published_weights_come_from_the_hub_cache(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(common, "PUBLISHED", "file:///nowhere")
+    monkeypatch.setattr(common, "RELEASE", "file:///nowhere")
     torch.save(common.build_model("resnet20", 24).state_dict(), "weights.pt")
     digest = hashlib.sha256(Path("weights.pt").read_bytes()).hexdigest()[:8]
     path = tmp_path / f"hub/checkpoints/shapes_resnet20-{digest}.pt"
-    monkeypatch.setattr(common, "PUBLISHED_FILES", [path.name])
+    monkeypatch.setattr(common, "PUBLISHED", {"shapes_resnet20": digest})
     command = f"{QUICK} --epochs 1 --teacher resnet20 --pretrained-teacher --out o"
     assert run("nd", command) == 2
     assert f"{path.name}" in (line := capsys.readouterr().err) and str(path.parent) in line
@@ -117,4 +117,4 @@ def test_published_weights_come_from_the_hub_cache(monkeypatch, tmp_path, capsys
     shutil.copy("weights.pt", path)
     assert run("nd", command) == 0
     assert run("nd", command.replace("resnet20", "resnet14")) == 2
-    assert "not shapes_resnet14; imagenet, or one of shapes_resnet20" in capsys.readouterr().err
+    assert "not shapes_resnet14; imagenet, or one of ['shapes_resnet20']" in capsys.readouterr().err
