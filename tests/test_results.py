@@ -68,6 +68,23 @@ def test_scores_in_a_docstring_are_those_of_a_table(script):
         assert f"| {method} | 3 | {mean} ± {spread} |" in rows, method
 
 
+def test_gains_on_the_front_page():
+    folders = [ROOT / f"results/cifar100-10k-15ep-{name}" for name in ("nd", "sp-dcd", "kd2m")]
+    nd, sp_dcd, kd2m = ({} for _ in folders)
+    for means, folder in zip((nd, sp_dcd, kd2m), folders):
+        runs = [load(path) for path in sorted(folder.glob("*.json"))]
+        for method in {run["method"] for run in runs}:
+            values = [run["student_top1"] for run in runs if run["method"] == method]
+            means[method] = sum(values) / 3
+    kd2m |= {name: sp_dcd[name] for name in ("CE", "KD")}
+    text = (ROOT / "README.md").read_text()
+    found = re.findall(r"\| ([\w+]+): (\d+\.\d\d), (\d+\.\d\d) \|", text)
+    assert len(found) == 4
+    for (method, over_ce, over_kd), means in zip(found, (nd, sp_dcd, sp_dcd, kd2m)):
+        gains = (means[method] - means[name] for name in ("CE", "KD"))
+        assert [over_ce, over_kd] == [f"{gain:.2f}" for gain in gains]
+
+
 def run(method="KD", seed=0, top1=50.0, **more):
     args = {"batch_size": 64, "lr": 0.05, "kd_weight": 1.0, "out": f"runs/{method}-{seed}"}
     pair = {"dataset": "cifar100", "teacher": "resnet56", "student": "resnet8", "epochs": 15}
