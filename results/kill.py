@@ -1,14 +1,16 @@
-"""Stop a run at random moments, resume it, and compare its end with that of a run left alone.
+"""Stop runs at random moments, resume them, and compare their ends with runs left alone.
 
-    python results/kill.py --kills 50 --json results/kills.json
+    python results/kill.py --kills 1000 --json results/kills.json
 
-Each trial starts a run of sp.py on synthetic images, stops it (SIGKILL or SIGTERM, at a random
-moment within the length of a whole run), resumes it and stops it again, three times in all. Then it
-resumes to the end. The student's weights and every logged number except times must be those of the
-run that was never stopped. It takes minutes, so it is no test.
+Every script in turn, and one with --teacher-cache, on synthetic data. A trial starts a run, stops
+it (SIGKILL or SIGTERM, half of the time twice, at random moments within the length of a whole run),
+resumes it and stops it again, three times in all. Then it resumes to the end. The student's weights
+and every logged number except times must be those of the run that was never stopped. Checkpoints
+are written after nearly every step, so that many stops meet one that is being written.
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -23,22 +25,35 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
-import sp
 
-COMMAND = (
-    "--dataset shapes --train-size 960 --teacher resnet8 --teacher-epochs 4 --student wrn_16_1"
-    " --batch-size 24 --kd-weight 1 --epochs 3 --save-minutes 0.02 --out"
-).split()
+SHORT = (
+    "--dataset shapes --image-size 16 --train-size 240 --teacher resnet8 --teacher-epochs 1"
+    " --student resnet8 --batch-size 24 --epochs 2 --save-minutes 0.0005 --device cpu"
+)
+DETECTION = (
+    "--dataset shapes --image-size 64 --train-size 8 --epochs 2 --teacher-epochs 1 --batch-size 4"
+    " --save-minutes 0.0005 --device cpu"
+)
+COMMANDS = {  # name of a trial's folder -> the command, without --out
+    "nd": f"nd {SHORT}",
+    "sp": f"sp {SHORT} --kd-weight 1 --student wrn_16_1",  # has dropout
+    "dcd": f"dcd {SHORT}",
+    "kd2m": f"kd2m {SHORT} --metric sliced_w2",  # draws directions in every step
+    "cache": f"dcd {SHORT} --kd-weight 1 --teacher-cache OUT-cache",  # a cache for every trial
+    "detect_nd": f"detect_nd {DETECTION}",
+}
 
 
-def start(*arguments):
-    """A process that runs sp.py; forked, so that it need not import torch or draw the images."""
+def start(command, out, *more):
+    """A process that runs a script; forked, so that it need not import torch or draw the images."""
+    script, *flags = command.replace("OUT", out).split()
 
     def run():
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        os._exit(common.run_program(sp.main, [*COMMAND, *arguments]))
+        with open(f"{out}.log", "a") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        main = importlib.import_module(script).main
+        os._exit(common.run_program(main, [*flags, "--out", out, *more]))
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
@@ -56,56 +71,60 @@ def same(a, b):
     return a[1] == b[1] and all(torch.equal(a[0][key], b[0][key]) for key in b[0])
 
 
-def measure(kills_wanted: int, seed: int) -> dict:
-    rng = random.Random(seed)
-    common.load_data(sp.parse_args([*COMMAND, "unused"]))  # kept in memory for the forked runs
-    start("with_teacher").join()  # trains the teacher, which all later runs load
+def measure(name: str, kills_wanted: int, rng: random.Random) -> dict:
+    command = COMMANDS[name]
+    importlib.import_module(command.split()[0])
+    start(command, f"{name}-first").join()  # trains the teacher, which all later runs load
     began = time.perf_counter()
-    start("whole").join()
-    length, whole = time.perf_counter() - began, ending("whole")
-    kills, trials, identical, within = {"SIGKILL": 0, "SIGTERM": 0}, 0, 0, 0
-    while sum(kills.values()) < kills_wanted:
-        out = f"trial{trials}"
+    start(command, f"{name}-whole").join()
+    length, whole = time.perf_counter() - began, ending(f"{name}-whole")
+    found = dict(SIGKILL=0, SIGTERM=0, twice=0, within_an_epoch=0, trials=0, identical=0)
+    while found["SIGKILL"] + found["SIGTERM"] < kills_wanted:
+        out = f"{name}{found['trials']}"
         for kill in (True, True, True, False):
             resume = ["--resume"] if Path(out, ".lock").exists() else []  # has the run begun?
-            process = start(out, *resume)
+            process = start(command, out, *resume)
             if kill:
                 time.sleep(rng.uniform(0, length))
-                name = rng.choice(list(kills))
-                os.kill(process.pid, getattr(signal, name))
+                signals, second = [rng.choice(("SIGKILL", "SIGTERM"))], rng.random() < 0.5
+                if signals == ["SIGTERM"] and second:
+                    signals.append(rng.choice(("SIGKILL", "SIGTERM")))
+                for number in signals:
+                    os.kill(process.pid, getattr(signal, number))
+                    time.sleep(rng.uniform(0, 0.05) if second else 0)
                 process.join()
-                kills[name] += process.exitcode != 0  # 0: it had already finished
+                if process.exitcode != 0:  # 0: it had already finished
+                    found[signals[0]] += 1
+                    found["twice"] += len(signals) == 2
                 if Path(out, "last.pt").exists():
-                    within += common.read_checkpoint(Path(out, "last.pt"))["step"] > 0
+                    found["within_an_epoch"] += common.read_checkpoint(f"{out}/last.pt")["step"] > 0
             process.join()
-        trials += 1
-        identical += process.exitcode == 0 and same(ending(out), whole)
-        print(f"{sum(kills.values())} kills, {trials} trials, {identical} identical", flush=True)
-    return {
-        "kills": kills,
-        "stopped_within_an_epoch": within,
-        "trials": trials,
-        "identical_endings": identical,
-        "seconds_of_a_whole_run": round(length, 1),
-        "device": common.device_name(torch.device("cpu")),
-        "torch": torch.__version__,
-    }
+        found["trials"] += 1
+        good = process.exitcode == 0 and same(ending(out), whole)
+        found["identical"] += good
+        if not good:
+            print(f"{out}: not the same; its messages are in {out}.log", flush=True)
+    print(name, found, flush=True)
+    return found | {"seconds_of_a_whole_run": round(length, 1)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=lambda path: Path(path).absolute())
     options = parser.parse_args()
     torch.set_num_threads(1)  # a process that forks must not have threads
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        found = measure(options.kills, options.seed)
+    rng, share = random.Random(options.seed), -(-options.kills // len(COMMANDS))
+    folder = tempfile.mkdtemp()
+    os.chdir(folder)
+    found = {name: measure(name, share, rng) for name in COMMANDS}
+    found["device"] = common.device_name(torch.device("cpu"))
+    found["torch"] = torch.__version__
     print(json.dumps(found, indent=1))
     if options.json:
         common.write_whole(options.json, (json.dumps(found, indent=1) + "\n").encode())
-    return int(found["identical_endings"] != found["trials"])
+    return int(any(found[name]["identical"] != found[name]["trials"] for name in COMMANDS))
 
 
 if __name__ == "__main__":
