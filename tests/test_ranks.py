@@ -10,26 +10,13 @@ import signal
 import time
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
-from helpers import (
-    QUICK,
-    few,
-    finish,
-    lines,
-    module,
-    pair,
-    progress,
-    result,
-    same,
-    teacher_file,
-    timeless,
-    weights,
-)
+from helpers import QUICK, few, finish, lines, module, pair, progress, result, same, timeless
 
 import common
 import dcd
-import kd2m
 import nd
 import sp
 
@@ -97,32 +84,14 @@ def run_case(folder, name):
     return {"weights": [p.detach() for p in trained], "gradients": gradients}
 
 
-def of_metric(name):
-    def loss(s, t, y, z, tz, heads):
-        extra = [y] if name.startswith("cw2") else [z, tz] if name == "jw2_empirical" else []
-        options = {"seed": 0} if name == "sliced_w2" else {}
-        return kd2m.METRICS[name](s, t, *extra, **options)
-
-    return loss
-
-
-EXACT = {
-    "nd": lambda s, t, y, z, tz, heads: nd.nd_loss(s, t, t[:4], y),
-    "direction": lambda s, t, y, z, tz, heads: nd.direction_loss(s, t[:4], y),
-    "norm": lambda s, t, y, z, tz, heads: nd.norm_loss(s, 9 * t),
-    "kd": lambda s, t, y, z, tz, heads: nd.kd_loss(z, tz),
-    "dkd": lambda s, t, y, z, tz, heads: nd.dkd_loss(z, tz, y),
-    "dist": lambda s, t, y, z, tz, heads: nd.dist_loss(z, tz),
-    "sp": lambda s, t, y, z, tz, heads: sp.sp_loss(s, t),
-    "cc": lambda s, t, y, z, tz, heads: sp.cc_loss(s, t),
-    "dcd": lambda s, t, y, z, tz, heads: heads(s, t),
-    "mean_over_ranks": None,
-    **{name: of_metric(name) for name in kd2m.METRICS},
-}
+EXACT = ("embeddings", "logits", "mean_over_ranks")
 
 
 def exact(name):
-    """A loss of the whole batch in double precision, shares of 10 and 11: value and gradients."""
+    """A loss of the whole batch in double precision, shares of 10 and 11: value and gradients.
+
+    Losses know nothing of ranks, so one for each way to bring a batch together is enough.
+    """
     draw = torch.Generator().manual_seed(0)
     student, teacher, logits = torch.randn(3, 21, 5, dtype=torch.float64, generator=draw)
     labels = torch.randint(0, 4, (21,), generator=draw)
@@ -130,16 +99,17 @@ def exact(name):
     before, heads = torch.nn.Linear(5, 5).double(), dcd.DCDLoss(5, 5, 4).double()
     run = object.__new__(common.Run)
     run.args = argparse.Namespace(gather="global")
-    world, rank = common.world(), common.rank()
-    mine = slice(rank * 21 // world, (rank + 1) * 21 // world)
+    mine = common.share(21)
     s, t = run.all_gather(before(student[mine]), teacher[mine])
     z, y = run.all_gather(logits[mine] + before(student[mine]), labels[mine])
     assert torch.equal(t, teacher) and torch.equal(y, labels)
-    if name == "mean_over_ranks":
-        mine = before(student[mine]) ** 4
-        loss = run.mean_over_ranks(mine.mean(), len(mine))
+    if name == "embeddings":
+        loss = heads(s, t) + nd.nd_loss(s, t, t[:4], y)
+    elif name == "logits":
+        loss = nd.dkd_loss(z, logits, y)
     else:
-        loss = EXACT[name](s, t, y, z, logits, heads)
+        part = before(student[mine]) ** 4
+        loss = run.mean_over_ranks(part.mean(), len(part))
     trained = [*before.parameters(), *heads.parameters()]
     loss.backward()
     run.average_gradients(torch.optim.SGD(trained, lr=0.1))
@@ -220,7 +190,7 @@ FOUR_EPOCHS = f"{QUICK} --epochs 4 --batch-size 6 --device cpu --teacher-ckpt te
 def alone(tmp_path_factory, few_shapes):
     """A run of two ranks that nothing disturbed. Its student has dropout, each rank its own."""
     folder = tmp_path_factory.mktemp("alone")
-    teacher_file(folder / "teacher.pth")
+    helpers.teacher_file(folder / "teacher.pth")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "near_chance", lambda *_: False)
         argv = [*FOUR_EPOCHS, "--student", "wrn_16_2"]
@@ -262,7 +232,8 @@ def test_one_rank_stops_and_all_resume_exactly(alone, monkeypatch):
         argv = [*argv, "--resume"] if "--resume" not in argv else argv
     statuses, errors = finish(pair(nd.main, argv, folder), folder)
     assert statuses == [0, 0], errors
-    assert same(weights(folder / "a" / "student.pt"), weights(folder / "stopped" / "student.pt"))
+    students = (helpers.weights(folder / out / "student.pt") for out in ("a", "stopped"))
+    assert same(*students)
     assert timeless(folder / "a") == timeless(folder / "stopped")
 
 
