@@ -6,10 +6,8 @@ import json
 import multiprocessing
 import os
 import shlex
-import shutil
 import signal
 import sys
-import tempfile
 import traceback
 from pathlib import Path
 
@@ -208,28 +206,3 @@ def forget_what_was_loaded():
 class Bomb:
     def __reduce__(self):
         return (open, ("exploded", "w"))
-
-
-def make_bad_files():
-    """Here, in the current folder."""
-    shutil.copytree(_bad_files().name, ".", dirs_exist_ok=True)
-
-
-@functools.cache
-def _bad_files():
-    """Made once."""
-    made = tempfile.TemporaryDirectory()
-    here, net = Path(made.name), common.build_model("resnet8", 24)
-    torch.save(net.state_dict(), here / "chance.pth")
-    torch.save(net.state_dict() | {"fc.bias": torch.full((24,), torch.nan)}, here / "nan.pth")
-    (here / "torn.pth").write_bytes((here / "chance.pth").read_bytes()[:5000])
-    (here / "torn").mkdir()
-    shutil.copy(here / "torn.pth", here / "torn/last.pt")
-    torch.save({"model": net.state_dict(), "opt": Bomb()}, here / "code.pth")
-    torch.save(common.build_model("resnet14", 24).state_dict(), here / "other.pth")
-    torch.save(common.build_model("resnet8", 100).state_dict(), here / "classes.pth")
-    for root in ("damaged", "classless"):
-        make_tree(here / root, classes=2, train=1, test=1)
-    (here / "damaged/train/class0/train0_0.png").write_bytes(b"\x89PNG nothing")
-    (here / "classless/train/empty").mkdir()
-    return made
