@@ -67,21 +67,34 @@ def in_eval(name, classes=100):
     return net.eval()
 
 
+def assert_last_layer_makes_logits_of_embedding(net, logits, features):
+    head = [m for m in net.modules() if isinstance(m, torch.nn.Linear)][-1]
+    assert torch.allclose(head(features.embedding), logits, atol=1e-6)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ZOO)
 def test_zoo(name):
     parameters, with_ten, entries, width, maps, golden = ZOO[name]
-    net = build_model(name, 100)
+    net = in_eval(name)
     assert sum(p.numel() for p in net.parameters()) == parameters
     assert sum(p.numel() for p in build_model(name, 10).parameters()) == with_ten
     assert len(net.state_dict()) == entries
     assert set(KEYS.get(name, "").split()) <= net.state_dict().keys()
     x = torch.randn(2, 3, 32, 32)
-    logits, features = net.eval()(x, return_features=True)
+    logits, features = net(x, return_features=True)
     assert torch.equal(net(x), logits) and logits.shape == (2, 100)
     assert features.embedding.shape == (2, width)
+    assert_last_layer_makes_logits_of_embedding(net, logits, features)
     assert [tuple(m.shape[1:3]) for m in features.maps] == maps
-    assert [m.shape for m in features.preact] == [m.shape for m in features.maps]
+    found, wanted = features.maps, features.preact
+    if name.startswith("wrn"):  # the map after the next BatchNorm
+        following = [net.block2.layer[0].bn1, net.block3.layer[0].bn1, net.bn1]
+        found = [bn(m) for bn, m in zip(following, features.maps)]
+    elif name not in ("MobileNetV2", "ShuffleV2"):  # the map before its ReLU
+        assert all(m.min() < 0 for m in features.preact)
+        wanted = [m.relu() for m in features.preact]
+    assert len(wanted) == len(maps) and all(map(torch.equal, found, wanted))
 
     net = build_model(name, 7).double()
     for k, p in enumerate(net.parameters()):
@@ -92,52 +105,28 @@ def test_zoo(name):
     assert logits[1, :3].tolist() == pytest.approx(golden, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["resnet20", "resnet8x4", "ResNet50", "vgg13", "ShuffleV1"])
-def test_preact_is_the_map_before_its_relu(name):
-    _, features = in_eval(name)(torch.randn(2, 3, 32, 32), return_features=True)
-    for before, after in zip(features.preact, features.maps):
-        assert torch.equal(before.relu(), after) and before.min() < 0
-
-
-def test_preact_of_a_wide_resnet_is_the_map_after_the_next_batchnorm():
-    net = in_eval("wrn_16_2")
-    _, features = net(torch.randn(2, 3, 32, 32), return_features=True)
-    following = [net.block2.layer[0].bn1, net.block3.layer[0].bn1, net.bn1]
-    for bn, sums, preact in zip(following, features.maps, features.preact):
-        assert torch.equal(bn(sums), preact)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["resnet8", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV2", "resnet18", "mobilenet_v2",
-     "densenet121", "vit_b_16"],
-)  # fmt: skip
-def test_the_embedding_is_what_the_classifier_sees(name):
-    torch.manual_seed(0)
-    net, size = build_model(name, 7).eval(), 224 if name.startswith("vit") else 64
-    logits, features = net(torch.randn(1, 3, size, size), return_features=True)
-    head = [m for m in net.modules() if isinstance(m, torch.nn.Linear)][-1]
-    assert torch.allclose(head(features.embedding), logits, atol=1e-6)
-    assert (features.maps == []) == (name == "vit_b_16")
-
-
 @pytest.mark.parametrize(
     "name, maps",
     [
         ("resnet18", [(64, 16), (128, 8), (256, 4), (512, 2)]),
+        ("mobilenet_v2", [(16, 32), (24, 16), (32, 8), (96, 4), (1280, 2)]),
+        ("mobilenet_v3_small", [(16, 32), (16, 16), (24, 8), (48, 4), (576, 2)]),
         ("shufflenet_v2_x0_5", [(24, 32), (24, 16), (48, 8), (96, 4), (1024, 2)]),
         ("mnasnet0_5", [(8, 32), (16, 16), (24, 8), (48, 4), (1280, 2)]),
-        ("mobilenet_v3_small", [(16, 32), (16, 16), (24, 8), (48, 4), (576, 2)]),
+        ("densenet121", [(64, 32), (256, 16), (512, 8), (1024, 4), (1024, 2)]),
+        ("vit_b_16", []),
     ],
 )
+@torch.no_grad()
 def test_torchvisions_networks_keep_their_weights_and_logits_and_have_maps(name, maps):
     net, plain = build_model(name, 10), torchvision.models.get_model(name, num_classes=10)
     assert net.state_dict().keys() == plain.state_dict().keys()
     plain.load_state_dict(net.state_dict())
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(2, 3, *(2 * [224 if name == "vit_b_16" else 64]))
     logits, features = net.eval()(x, return_features=True)
     assert torch.equal(plain.eval()(x), net(x)) and torch.equal(net(x), logits)
     assert [tuple(m.shape[1:3]) for m in features.maps] == maps
+    assert_last_layer_makes_logits_of_embedding(net, logits, features)
 
 
 def test_copies_have_features_of_their_own_and_none_are_stale():
