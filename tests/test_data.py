@@ -5,32 +5,23 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import re
 import shlex
 import signal
 import time
 from pathlib import Path
 from unittest import mock
 
+import helpers
 import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import (
-    forget_what_was_loaded,
-    forked,
-    make_tree,
-    module,
-    result,
-    run,
-    same,
-    shapes,
-    stopped,
-    timeless,
-    weights,
-)
+from helpers import forget_what_was_loaded, make_tree, result, run, same, shapes, stopped, weights
 from PIL import Image
 
 import common
+import sp
 from common import UserError
 
 
@@ -355,15 +346,15 @@ def test_every_script_streams_and_resumes_within_an_epoch(script, tree, any_teac
     assert (r["train_images"], r["test_images"], r["dataset"]) == (30, 12, "imagenet")
     assert stopped(script, command, "b", step=7) == 143  # the second epoch's second step
     assert run(script, command, "b", "--resume") == 0
-    assert same(weights("a/student.pt"), weights("b/student.pt")) and timeless("a") == timeless("b")
+    assert same(weights("a/student.pt"), weights("b/student.pt"))
+    assert helpers.timeless("a") == helpers.timeless("b")
 
 
 def test_a_damaged_image_is_named(tree, capsys, any_teacher_passes):
     (tree / "train/class1/train1_3.JPEG").write_bytes(b"nothing")
     for workers in "01":
         assert run("sp", f"{STREAM} --sp-weight 0 --workers {workers}") == 2
-        error = capsys.readouterr().err
-        assert error.count("error:") == 1 and "train1_3.JPEG" in error and "Traceback" not in error
+        assert "train1_3.JPEG" in helpers.error_line(capsys)
 
 
 @pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="workers unpatched")
@@ -377,8 +368,7 @@ def test_a_killed_worker_is_one_line(tree, monkeypatch, capsys, any_teacher_pass
 
     monkeypatch.setattr(common, "read_rgb", killed)
     assert run("sp", f"{STREAM} --sp-weight 0 --workers 1") == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: a DataLoader worker was killed") and "--workers" in error
+    assert re.search("a DataLoader worker was killed.*--workers", helpers.error_line(capsys))
 
 
 def test_a_signal_to_the_whole_job_saves(tree, any_teacher_passes):
@@ -399,7 +389,7 @@ def test_a_signal_to_the_whole_job_saves(tree, any_teacher_passes):
 
         common.Run.log = signalled
 
-    process = forked(module("sp").main, shlex.split(f"{command} c"), before)
+    process = helpers.forked(sp.main, shlex.split(f"{command} c"), before)
     process.join(120)
     assert process.exitcode == 143
     assert run("sp", command, "c", "--resume") == 0
