@@ -4,7 +4,6 @@ A case is three steps of a script's own `main`. Networks have no BatchNorm, whic
 images, so that nothing but rounding may differ from one process.
 """
 
-import argparse
 import os
 import signal
 import time
@@ -16,7 +15,6 @@ import torch
 from helpers import QUICK, few, finish, lines, module, pair, progress, result, same, timeless
 
 import common
-import dcd
 import nd
 import sp
 
@@ -84,43 +82,10 @@ def run_case(folder, name):
     return {"weights": [p.detach() for p in trained], "gradients": gradients}
 
 
-EXACT = ("embeddings", "logits", "mean_over_ranks")
-
-
-def exact(name):
-    """A loss of the whole batch in double precision, shares of 10 and 11: value and gradients.
-
-    Losses know nothing of ranks, so one for each way to bring a batch together is enough.
-    """
-    draw = torch.Generator().manual_seed(0)
-    student, teacher, logits = torch.randn(3, 21, 5, dtype=torch.float64, generator=draw)
-    labels = torch.randint(0, 4, (21,), generator=draw)
-    torch.manual_seed(0)
-    before, heads = torch.nn.Linear(5, 5).double(), dcd.DCDLoss(5, 5, 4).double()
-    run = object.__new__(common.Run)
-    run.args = argparse.Namespace(gather="global")
-    mine = common.share(21)
-    s, t = run.all_gather(before(student[mine]), teacher[mine])
-    z, y = run.all_gather(logits[mine] + before(student[mine]), labels[mine])
-    assert torch.equal(t, teacher) and torch.equal(y, labels)
-    if name == "embeddings":
-        loss = heads(s, t) + nd.nd_loss(s, t, t[:4], y)
-    elif name == "logits":
-        loss = nd.dkd_loss(z, logits, y)
-    else:
-        part = before(student[mine]) ** 4
-        loss = run.mean_over_ranks(part.mean(), len(part))
-    trained = [*before.parameters(), *heads.parameters()]
-    loss.backward()
-    run.average_gradients(torch.optim.SGD(trained, lr=0.1))
-    return {"loss": loss.detach(), "gradients": [p.grad for p in trained if p.grad is not None]}
-
-
 def everything(argv):
     """What every rank computes, in a file for each."""
     folder = Path(argv[0])
     results = {name: run_case(folder, name) for name in (*CASES, *SYNCHRONOUS)}
-    results |= {f"exact {name}": exact(name) for name in EXACT}
     torch.save(results, folder / f"rank{common.rank()}.pt")
 
 
@@ -145,15 +110,6 @@ def outcomes(tmp_path_factory, few_shapes):
     assert finish(started, two) == ([0, 0], "")
     files = one / "rank0.pt", two / "rank0.pt", two / "rank1.pt"
     return one, two, [torch.load(path, weights_only=True) for path in files]
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_a_loss_of_two_ranks_is_the_loss_of_the_whole_batch(outcomes, name):
-    one, *both = (outcome[f"exact {name}"] for outcome in outcomes[2])
-    assert any(g.abs().max() > 1e-4 for g in one["gradients"])
-    for rank in both:
-        torch.testing.assert_close(rank["loss"], one["loss"], rtol=0, atol=1e-12)
-        torch.testing.assert_close(rank["gradients"], one["gradients"], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", CASES)
