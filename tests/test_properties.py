@@ -58,16 +58,6 @@ def test_a_student_like_the_teacher_has_loss_zero_and_no_gradient(name):
     assert abs(value) < 1e-11 and all(x.grad.abs().max() < 1e-10 for x in ours.values())
 
 
-# --- nd.py ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["kd_loss", "dkd_loss", "dist_loss"])
-def test_a_temperature_must_be_positive(name):
-    for temperature in (0.0, -1.0):
-        with pytest.raises(ValueError):
-            getattr(nd, name)(*inputs_of(name), temperature=temperature)
-
-
 class Embeds(torch.nn.Module):
     """A teacher whose embedding is the first numbers of the image."""
 
@@ -93,9 +83,6 @@ def test_class_means_equal_a_loop_and_name_an_empty_class():
         nd.compute_class_means(Embeds(), batches, 5)
 
 
-# --- sp.py ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("loss", [sp.sp_loss, sp.cc_loss])
 def test_scaling_rotating_and_permuting_change_nothing(loss):
     s, t, turn = normal(5, 48), normal(5, 32, seed=1), torch.linalg.qr(normal(48, 48))[0]
@@ -114,9 +101,6 @@ def test_the_scale_of_each_image_does_not_matter_inside_it(loss):
     assert close(loss(s * scales, t), loss(s, t)) and close(loss(s, t * scales), loss(s, t))
 
 
-# --- dcd.py ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("tau", [-1000.0, 1.0, 100.0, 1000.0])
 def test_the_scale_stops_at_ten_without_gradient(tau):
     module = dcd.DCDLoss(4, 5, embed_dim=3, init_tau=tau)
@@ -124,9 +108,6 @@ def test_the_scale_stops_at_ten_without_gradient(tau):
     value.backward()
     assert value.isfinite() and module.tau.grad.isfinite()
     assert (module.tau.grad.abs() > 1e-9) == (tau == 1.0)
-
-
-# --- kd2m.py --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [2, 17, 64])
@@ -231,7 +212,7 @@ def test_gromov_is_the_cost_of_an_assignment_that_no_step_improves():
     assert 0 < optimal < 20  # an upper bound: often reached, not always
 
 
-def test_wrong_use_of_a_metric_is_refused():
+def test_wrong_use_is_refused():
     s, t, y = inputs_of("cw2_gaussian")
     nan = torch.full_like(s, math.nan)
     for wrong in (
@@ -249,3 +230,7 @@ def test_wrong_use_of_a_metric_is_refused():
     ):
         with pytest.raises((ValueError, KeyError)):
             wrong()
+    for name in ("kd_loss", "dkd_loss", "dist_loss"):
+        for temperature in (0.0, -1.0):
+            with pytest.raises(ValueError):
+                getattr(nd, name)(*inputs_of(name), temperature=temperature)
