@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -122,14 +123,15 @@ class Tiny(torch.nn.Module):
         return (self.fc(embedding), features) if return_features else self.fc(embedding)
 
 
-def signal_at(step, number):
+def signal_at(step, number, whole_group=False):
     """From here on, this process receives the signal in its training step of this number."""
     log, count = common.Run.log, [0]
 
     def stopping(self, *args, **options):
         count[0] += 1
         if count[0] == step:
-            os.kill(os.getpid(), number)
+            os.kill(0 if whole_group else os.getpid(), number)
+            time.sleep(0.3 * whole_group)  # for its children to die, if they do
         return log(self, *args, **options)
 
     common.Run.log = stopping
@@ -139,23 +141,20 @@ def forked(main, argv, before=lambda: None):
     """A process that runs the program with these arguments, as this one is patched by now."""
 
     def child():
-        before()
-        os._exit(_status(main, argv))
+        status = 3
+        try:
+            before()
+            status = common.run_program(main, [str(word) for word in argv])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     return process
-
-
-def _status(main, argv):
-    try:
-        return common.run_program(main, [str(word) for word in argv])
-    except BaseException:
-        traceback.print_exc()
-        return 3
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
 
 
 def stopped(script, command, *more, step, number=signal.SIGTERM):

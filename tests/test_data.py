@@ -8,7 +8,6 @@ import pickle
 import re
 import shlex
 import signal
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -97,7 +96,7 @@ def test_pixels_are_normalised_as_the_field_does(few_shapes):
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_order_of_batches(few_shapes):
+def test_order_and_sizes_of_batches(few_shapes):
     data = shapes(train_size=60)
     one, two = (everything(data.batches("train", 32, seed=5))[1] for _ in range(2))
     other = everything(data.batches("train", 32, seed=6))[1]
@@ -107,10 +106,7 @@ def test_order_of_batches(few_shapes):
     rest = list(data.train_batches(8, 3, 2, 5))
     assert [len(labels) for _, labels in whole] == [8] * 7 and len(rest) == 3
     assert all(torch.equal(a[0], b[0]) for a, b in zip(whole[2:5], rest))
-
-
-def test_a_last_batch_of_one_is_left_out_when_training_only(few_shapes):
-    data = shapes(train_size=33)
+    data = shapes(train_size=33)  # a last batch of one is left out in training
     assert [len(labels) for _, labels in data.batches("train", 16, seed=0)] == [16, 16]
     assert [len(labels) for _, labels in data.batches("train", 16)] == [16, 16, 1]
     assert [data.steps(size) for size in (16, 11, 20, 64)] == [2, 3, 2, 1]
@@ -237,9 +233,6 @@ def test_bad_folders_are_named(cwd):
     bad.unlink()
     (tree / "val/class2").rename(tree / "val/class9")
     fails("class2|class9")
-
-
-# --- what torchvision reads ----------------------------------------------------------------------
 
 
 def test_no_data_and_no_network(cwd, monkeypatch):
@@ -370,16 +363,7 @@ def test_a_signal_to_the_whole_job_saves(tree, any_teacher_passes):
 
     def before():
         os.setsid()  # a group of its own
-        log, count = common.Run.log, [0]
-
-        def signalled(self, *args):
-            count[0] += 1
-            if count[0] == 6:
-                os.killpg(0, signal.SIGTERM)
-                time.sleep(0.3)  # for the workers to die, if they do
-            log(self, *args)
-
-        common.Run.log = signalled
+        helpers.signal_at(6, signal.SIGTERM, whole_group=True)
 
     process = helpers.forked(sp.main, shlex.split(f"{command} c"), before)
     process.join(120)
