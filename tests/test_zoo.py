@@ -122,7 +122,8 @@ def test_torchvisions_networks_keep_their_weights_and_logits_and_have_maps(name)
     net, plain = build_model(name, 10), torchvision.models.get_model(name, num_classes=10)
     assert net.state_dict().keys() == plain.state_dict().keys()
     plain.load_state_dict(net.state_dict())
-    x = torch.randn(2, 3, *(2 * [224 if name == "vit_b_16" else 64]))
+    size = 224 if name == "vit_b_16" else 64
+    x = torch.randn(2, 3, size, size)
     logits, features = net.eval()(x, return_features=True)
     assert torch.equal(plain.eval()(x), net(x)) and torch.equal(net(x), logits)
     assert [tuple(m.shape[1:3]) for m in features.maps] == TORCHVISION[name]
@@ -161,7 +162,6 @@ def test_build_for_tries_the_network_on_the_images():
 
 
 def test_pretrained_weights(monkeypatch):
-    torch.manual_seed(1)
     published = torchvision.models.resnet18()
     answer = mock.Mock(side_effect=lambda *_, **__: copy.deepcopy(published.state_dict()))
     monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", answer)
