@@ -80,6 +80,7 @@ def test_augmentation_equals_a_literal_loop(monkeypatch, dataset, flips):
             seen.add(found)
     assert len({s[0] for s in seen}) == 64  # each image once
     assert {s[3] for s in seen} == flips and len({s[1:3] for s in seen}) > 30
+    assert {s[1] for s in seen} == {s[2] for s in seen} == {*range(9)}  # every shift occurs
 
 
 def test_pixels_are_normalised_as_the_field_does(few_shapes):
