@@ -1,15 +1,24 @@
-"""A Markdown table of the results of many runs: python results/table.py results/*/*.json
+"""A Markdown table of the results of many runs.
+
+    python results/table.py results/*/*.json
+    python results/table.py --paired results/cifar100-24ep/*.json
 
 One row per method and setting, over its seeds: mean ± sample standard deviation of the test score
 after the last epoch (top-1 accuracy or COCO AP, %), minimum and maximum. The last column lists the
 methods of the same data, pair and recipe whose mean lies within the larger of the two standard
 deviations. Runs of a method with different flags are rows of their own, named with those flags.
+
+--paired: runs of one recipe, of which those with the same seed saw the same batches: differences to
+KD seed by seed, with a 95 % confidence interval of their mean (Student's t), and how far the best
+test epoch lies above the last, from the log (.jsonl) beside each file.
 """
 
 import json
 import statistics
 import sys
 from pathlib import Path
+
+from scipy import stats
 
 SCORES = {"top1": "top-1 %", "ap": "AP %"}
 RECIPE = ("batch_size", "lr", "momentum", "nesterov", "weight_decay", "precision")
@@ -93,12 +102,48 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def paired(paths: list[str]) -> str:
+    """The table of --paired; the best mean first. A row of fewer than three seeds is marked."""
+    rows: dict[str, dict[int, dict]] = {}
+    for path in paths:
+        run = read(path)
+        log = Path(path).with_suffix(".jsonl").read_text().splitlines()
+        best = max(json.loads(line)["test_top1"] for line in log)
+        rows.setdefault(run["method"], {})[run["seed"]] = run | {"best": best}
+
+    def scores(method):
+        return {seed: run["student_top1"] for seed, run in rows.get(method, {}).items()}
+
+    lines = ["| method | n | top-1 %, last epoch | minus KD, seed by seed | mean (95 % interval) |"]
+    lines[0] += " best minus last epoch |"
+    lines.append("|---" * 6 + "|")
+    kd = scores("KD")
+    for method in sorted(rows, key=lambda method: -statistics.mean(scores(method).values())):
+        values = list(scores(method).values())
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        gaps = [value - kd[seed] for seed, value in sorted(scores(method).items()) if seed in kd]
+        interval = "-"
+        if method != "KD" and len(gaps) > 1:
+            half = stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
+            clear = "" if abs(statistics.mean(gaps)) > half else ", not distinguishable"
+            interval = f"{statistics.mean(gaps):+.2f} (± {half:.2f}{clear})"
+        above = [run["best"] - run["student_top1"] for run in rows[method].values()]
+        cells = [method if len(values) > 2 else f"{method} (fewer than 3 seeds)", str(len(values))]
+        cells.append(f"{statistics.mean(values):.2f}{spread}")
+        cells.append("-" if method == "KD" else ", ".join(f"{gap:+.2f}" for gap in gaps) or "-")
+        lines.append(f"| {' | '.join([*cells, interval, f'{statistics.mean(above):.2f}'])} |")
+    return "\n".join(lines)
+
+
 def main(paths: list[str]) -> int:
     try:
+        if paths[:1] == ["--paired"]:
+            print(paired(paths[1:]))
+            return 0
         if not paths:
             raise ValueError("no files given, try: python results/table.py results/*/*.json")
         results = [read(path) for path in paths]
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for kind in SCORES:

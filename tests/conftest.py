@@ -18,16 +18,12 @@ def cwd(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    """What a crash of the machine would leave of a file is not what these tests are about."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_loaded():
+def fresh_process(monkeypatch):
+    """No data set is loaded yet, and nothing waits for the disk, as only a crash shows that."""
     import helpers
 
     helpers.forget_what_was_loaded()
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture

@@ -6,10 +6,9 @@ import json
 import multiprocessing
 import os
 import shlex
-import shutil
 import signal
 import sys
-import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -124,14 +123,15 @@ class Tiny(torch.nn.Module):
         return (self.fc(embedding), features) if return_features else self.fc(embedding)
 
 
-def signal_at(step, number):
+def signal_at(step, number, whole_group=False):
     """From here on, this process receives the signal in its training step of this number."""
     log, count = common.Run.log, [0]
 
     def stopping(self, *args, **options):
         count[0] += 1
         if count[0] == step:
-            os.kill(os.getpid(), number)
+            os.kill(0 if whole_group else os.getpid(), number)
+            time.sleep(0.3 * whole_group)  # for its children to die, if they do
         return log(self, *args, **options)
 
     common.Run.log = stopping
@@ -141,23 +141,20 @@ def forked(main, argv, before=lambda: None):
     """A process that runs the program with these arguments, as this one is patched by now."""
 
     def child():
-        before()
-        os._exit(_status(main, argv))
+        status = 3
+        try:
+            before()
+            status = common.run_program(main, [str(word) for word in argv])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     return process
-
-
-def _status(main, argv):
-    try:
-        return common.run_program(main, [str(word) for word in argv])
-    except BaseException:
-        traceback.print_exc()
-        return 3
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
 
 
 def stopped(script, command, *more, step, number=signal.SIGTERM):
@@ -208,28 +205,3 @@ def forget_what_was_loaded():
 class Bomb:
     def __reduce__(self):
         return (open, ("exploded", "w"))
-
-
-def make_bad_files():
-    """Here, in the current folder."""
-    shutil.copytree(_bad_files().name, ".", dirs_exist_ok=True)
-
-
-@functools.cache
-def _bad_files():
-    """Made once."""
-    made = tempfile.TemporaryDirectory()
-    here, net = Path(made.name), common.build_model("resnet8", 24)
-    torch.save(net.state_dict(), here / "chance.pth")
-    torch.save(net.state_dict() | {"fc.bias": torch.full((24,), torch.nan)}, here / "nan.pth")
-    (here / "torn.pth").write_bytes((here / "chance.pth").read_bytes()[:5000])
-    (here / "torn").mkdir()
-    shutil.copy(here / "torn.pth", here / "torn/last.pt")
-    torch.save({"model": net.state_dict(), "opt": Bomb()}, here / "code.pth")
-    torch.save(common.build_model("resnet14", 24).state_dict(), here / "other.pth")
-    torch.save(common.build_model("resnet8", 100).state_dict(), here / "classes.pth")
-    for root in ("damaged", "classless"):
-        make_tree(here / root, classes=2, train=1, test=1)
-    (here / "damaged/train/class0/train0_0.png").write_bytes(b"\x89PNG nothing")
-    (here / "classless/train/empty").mkdir()
-    return made

@@ -596,6 +596,7 @@ DIST = ({}, {"beta": 2.0, "gamma": 0.5, "temperature": 3.0}, {"temperature": 300
 DCD = ({}, {"alpha": 3.0, "max_scale": 0.1}, {"temperature": 0.2})  # 0.1: no gradient to tau
 DCD = (*DCD, {"terms": "contrastive"}, {"terms": "consistency"})
 DIRECTIONS = ({}, {"direction": "teacher"}, {"direction": "both", "floor": 0.5})
+BANDWIDTHS = ({}, {"bandwidth": 2.0})
 TO_THE_END = ({"reg": 0.5, "tolerance": 1e-13, "iterations": 10000},)
 
 ALL = "nd sp dcd kd2m detect_nd"
@@ -625,9 +626,7 @@ LOSSES = {
     "cw2_gaussian full": Case("kd2m", cw2_gaussian, {**EMB, **LABELS}, FULL, rough=True),
     "kl_gaussian": Case("kd2m", kl_gaussian, EMB, DIRECTIONS, least=2),
     "mmd_linear": Case("kd2m", mmd_linear, EMB),
-    "mmd_rbf": Case(
-        "kd2m", mmd_rbf, EMB, ({}, {"bandwidth": 2.0}), held=held_bandwidth, rough=True
-    ),
+    "mmd_rbf": Case("kd2m", mmd_rbf, EMB, BANDWIDTHS, held=held_bandwidth, rough=True),
     "sinkhorn": Case("kd2m", sinkhorn, EMB, TO_THE_END, held=held_eps, batch=4),
     "sliced_w2": Case("kd2m", sliced_w2, EMB, ({"projections": 5, "seed": 7},), batch=4),
     "hellinger": Case("kd2m", hellinger, EMB, ({}, {"floor": 0.5}), least=2),

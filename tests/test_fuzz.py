@@ -1,11 +1,6 @@
-"""Hostile arguments and files, drawn by hypothesis: an error of one line or the right result."""
-
-import io
-import pickle
-from pathlib import Path
+"""Hostile arguments, drawn by hypothesis: an error of one line or the right result."""
 
 import pytest
-import torch
 from helpers import module
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -57,37 +52,3 @@ def test_any_arguments_are_taken_or_refused_in_one_line(cwd, capsys, script, arg
         assert captured.err.splitlines()[-1].startswith("error: ")
         assert captured.err.count("error: ") == 1
     assert not list(cwd.iterdir())
-
-
-def saved(value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-NET = common.build_model("resnet8", 5)
-WHOLE = saved({"model": NET.state_dict()})
-values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.floats(allow_nan=False),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3)
-    ),
-    max_leaves=8,
-)
-
-
-@SOME
-@given(
-    st.one_of(
-        st.integers(0, len(WHOLE) - 1).map(lambda length: WHOLE[:length]),
-        st.binary(max_size=300),
-        values.map(saved),
-        values.map(lambda value: saved({"model": value})),
-        values.map(pickle.dumps),
-    )
-)
-def test_what_is_no_checkpoint_is_refused(cwd, content):
-    Path("x.pt").write_bytes(content)
-    with pytest.raises(common.UserError, match="x.pt") as error:
-        common.load_weights(common.build_model("resnet8", 5), "x.pt")
-    assert "\n" not in str(error.value)

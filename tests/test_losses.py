@@ -1,8 +1,4 @@
-"""One contract for all losses: each against its oracle, on hostile inputs, and lifted out alone.
-
-Values and gradients are compared with loops over Python numbers (oracles.py), whose gradients are
-central differences.
-"""
+"""One contract for all losses: each against its oracle, on hostile inputs, and lifted out alone."""
 
 import ast
 import contextlib
@@ -149,9 +145,8 @@ def test_a_teacher_under_inference_mode(name):
     ours = {k: x.clone() for k, x in inputs.items() if k not in theirs}
     for x in ours.values():
         x.requires_grad_(x.is_floating_point())
-    result = LOSSES[name].call(
-        the_loss(name), {**inputs, **theirs, **ours}, LOSSES[name].options[0]
-    )
+    options = LOSSES[name].options[0]
+    result = LOSSES[name].call(the_loss(name), {**inputs, **theirs, **ours}, options)
     result.backward()
     assert abs(result.item() - wanted) <= 1e-6 * abs(wanted)
 

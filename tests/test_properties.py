@@ -3,7 +3,6 @@
 import importlib
 import math
 import types
-import weakref
 
 import numpy as np
 import pytest
@@ -59,53 +58,6 @@ def test_a_student_like_the_teacher_has_loss_zero_and_no_gradient(name):
     assert abs(value) < 1e-11 and all(x.grad.abs().max() < 1e-10 for x in ours.values())
 
 
-# --- nd.py ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ratio", [0.5, 2.0])
-def test_nd_lengthens_a_short_embedding_and_only_turns_a_long_one(ratio):
-    """|s| < |t|: the gradient of an image is -e / |t|. |s| > |t|: it has no component along s."""
-    s, t, means, y = inputs_of("nd_loss", 7)
-    e = F.normalize(means[y])
-    t = F.normalize(t) * s.norm(dim=1, keepdim=True) / ratio
-    value, gradient = value_and_gradient(lambda x: nd.nd_loss(x, t, means, y), s)
-    assert close(value, (1 - F.cosine_similarity(s, e) * min(1, ratio)).mean())
-    if ratio < 1:
-        assert close(gradient * 7, -e / t.norm(dim=1, keepdim=True))
-    else:
-        assert (gradient * s).sum(1).abs().max() < 1e-12 and gradient.abs().max() > 1e-3
-
-
-def test_nd_from_reached_to_opposite():
-    c, y = normal(3, 4).abs() + 0.1, torch.arange(3)
-    for factor, value in ((1, 0.0), (2, 0.0), (0.25, 0.75), (0, 1.0), (-2, 2.0)):
-        assert close(nd.nd_loss(factor * c, c, c, y), value)
-        assert close(nd.norm_loss(factor * c, c), max(0, 1 - abs(factor)))
-
-
-def test_dkd_with_the_teachers_mass_as_beta_is_kd():
-    """KD = TCKD + (1 - p_true) NCKD, image by image: where DKD starts from."""
-    for zs, zt in zip(*inputs_of("kd_loss")):
-        rest = 1 - F.softmax(zt / 4, 0)[2]
-        decoupled = nd.dkd_loss(zs[None], zt[None], torch.tensor([2]), 1.0, float(rest))
-        assert close(nd.kd_loss(zs[None], zt[None]), decoupled)
-
-
-@pytest.mark.parametrize("name", ["kd_loss", "dkd_loss", "dist_loss"])
-def test_a_temperature_must_be_positive(name):
-    for temperature in (0.0, -1.0):
-        with pytest.raises(ValueError):
-            getattr(nd, name)(*inputs_of(name), temperature=temperature)
-
-
-def test_dist_ignores_what_correlations_ignore():
-    zs, zt = inputs_of("dist_loss")
-    moved = zs + torch.arange(6.0, dtype=torch.float64)[:, None]
-    assert close(nd.dist_loss(moved, zt), nd.dist_loss(zs, zt))
-    assert nd.dist_loss(zs, zs).abs() < 1e-4  # not 0: the epsilon
-    assert close(nd.dist_loss(0 * zs, zt), 32.0, 1e-6)  # uniform rows correlate with nothing
-
-
 class Embeds(torch.nn.Module):
     """A teacher whose embedding is the first numbers of the image."""
 
@@ -116,26 +68,19 @@ class Embeds(torch.nn.Module):
 
 def test_class_means_equal_a_loop_and_name_an_empty_class():
     batches = [(normal(9, 3, 2, 2, seed=i).float(), torch.arange(9) % 4) for i in range(3)]
-    alive = []
+    buffer = torch.empty(9, 3, 2, 2)
 
-    def one_at_a_time():  # of a million images: the sums, and nothing of earlier batches
+    def in_one_buffer():  # as of a million images, no earlier batch can be looked at again
         for images, y in batches:
-            images = images.clone()
-            alive.append(weakref.ref(images))
-            yield images, y
-            del images
-            assert sum(ref() is not None for ref in alive) <= 1
+            yield buffer.copy_(images), y
 
-    means = nd.compute_class_means(Embeds().train(), one_at_a_time(), 4)
+    means = nd.compute_class_means(Embeds().train(), in_one_buffer(), 4)
     assert means.dtype == torch.float32
     for k in range(4):
         rows = [x.flatten()[:4].double() for images, y in batches for x in images[y == k]]
         assert close(means[k], sum(rows) / len(rows), 1e-6)
     with pytest.raises(ValueError, match="class 4"):
         nd.compute_class_means(Embeds(), batches, 5)
-
-
-# --- sp.py ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", [sp.sp_loss, sp.cc_loss])
@@ -156,25 +101,6 @@ def test_the_scale_of_each_image_does_not_matter_inside_it(loss):
     assert close(loss(s * scales, t), loss(s, t)) and close(loss(s, t * scales), loss(s, t))
 
 
-def test_sp_is_at_most_two_over_the_batch_and_falls_with_it():
-    values = {}
-    for batch in (2, 32, 64):
-        pairs = [[normal(batch, 32, seed=2 * i + j).relu() for j in (0, 1)] for i in range(10)]
-        values[batch] = [sp.sp_loss(s, t).item() for s, t in pairs]
-        assert all(0 <= x <= 2 / batch for x in values[batch])
-    assert 1.7 < sum(values[32]) / sum(values[64]) < 2.3
-
-
-# --- dcd.py ---------------------------------------------------------------------------------------
-
-
-def test_consistency_is_zero_for_a_symmetric_matrix_and_only_for_one():
-    matrix = 4 * normal(8, 8)
-    value, gradient = value_and_gradient(dcd.consistency_loss, matrix + matrix.T)
-    assert abs(value) < 1e-14 and gradient.abs().max() < 1e-14
-    assert dcd.consistency_loss(matrix) > 0.1
-
-
 @pytest.mark.parametrize("tau", [-1000.0, 1.0, 100.0, 1000.0])
 def test_the_scale_stops_at_ten_without_gradient(tau):
     module = dcd.DCDLoss(4, 5, embed_dim=3, init_tau=tau)
@@ -182,30 +108,6 @@ def test_the_scale_stops_at_ten_without_gradient(tau):
     value.backward()
     assert value.isfinite() and module.tau.grad.isfinite()
     assert (module.tau.grad.abs() > 1e-9) == (tau == 1.0)
-
-
-# --- kd2m.py --------------------------------------------------------------------------------------
-
-
-def test_the_chain_of_inequalities():
-    draw, strict = torch.Generator().manual_seed(0), torch.zeros(5, dtype=torch.long)
-    for _ in range(100):
-        batch, width = (int(torch.randint(1, high, (), generator=draw)) for high in (13, 9))
-        t, noise = torch.randn(2, batch, width, generator=draw, dtype=torch.float64)
-        s = (t + noise * torch.rand((), generator=draw) * 2).relu() + 0.3
-        y = torch.randint(0, 3, (batch,), generator=draw)
-        chain = [
-            kd2m.mmd_linear(s, t),
-            kd2m.w2_gaussian(s, t),
-            kd2m.w2_gaussian(s, t, cov="full"),
-            kd2m.w2_empirical(s, t),
-            kd2m.cw2_empirical(s, t, y, "freq"),
-            kd2m.mse(s, t),
-        ]
-        steps = torch.stack(chain).diff()
-        assert (steps > -1e-12).all(), chain
-        strict += steps > 1e-6
-    assert (strict > 10).all()  # none of them is an equality
 
 
 @pytest.mark.parametrize("batch", [2, 17, 64])
@@ -251,40 +153,13 @@ def test_sinkhorn_lies_between_transport_and_the_means():
 
 
 @pytest.mark.parametrize("name", ["cw2_empirical", "cw2_gaussian", "cw2_gaussian full"])
-def test_the_conditional_form_lies_between_the_plain_one_and_mse(name):
+def test_labels_need_not_be_0_to_k(name):
     s, t, y = inputs_of(name)
     full = {"cov": "full"} if "full" in name else {}
-    conditional, plain = getattr(kd2m, name.split()[0]), getattr(kd2m, name.split()[0][1:])
+    metric = getattr(kd2m, name.split()[0])
     for reduction in ("mean", "sum", "freq"):
-        one_class = conditional(s, t, torch.full((6,), 900), reduction, **full)
-        assert close(one_class, plain(s, t, **full))
-    assert close(conditional(s, t, torch.tensor([3, 1, 4, 0, 9, 2]), **full), kd2m.mse(s, t))
-    assert close(conditional(s, t, 50 + 7 * y, **full), conditional(s, t, y, **full))
-
-
-def test_the_joint_form_between_its_limits():
-    s, t, zs, zt = inputs_of("jw2_empirical")
-    assert torch.equal(kd2m.jw2_empirical(s, t, zs, zt, beta=0.0), kd2m.w2_empirical(s, t))
-    y = torch.tensor([5, 2, 2, 0, 2, 3])  # one-hot labels as logits, at any price: assign by class
-    one_hot = F.one_hot(y).double()
-    by_label = kd2m.jw2_empirical(s, t, one_hot, one_hot, beta=1e4)
-    assert close(by_label, kd2m.cw2_empirical(s, t, y, "freq"))
-
-
-@pytest.mark.parametrize("name", METRICS)
-def test_order_and_units(name):
-    """The order of the teacher's rows matters for mse alone. Times 3, both sets are 9 times as
-    far apart, but for metrics that have no unit or are a fourth power."""
-    inputs, order = LOSSES[name].make(6, 3, 0), torch.tensor([3, 5, 1, 0, 2, 4])
-    if "labels" in inputs:  # they belong to both sets: only within a class
-        inputs["labels"], order = torch.tensor([1, 4, 1, 4, 1, 1]), torch.tensor([2, 3, 4, 1, 5, 0])
-    value = evaluated(name, inputs)
-    theirs = {k: x[order] if k.startswith("teacher") else x for k, x in inputs.items()}
-    assert close(evaluated(name, theirs), value) == (name != "mse")
-    assert close(evaluated(name, {k: x[order] for k, x in inputs.items()}), value)
-    power = 4 if "gromov" in name else 0 if name in ("kl_gaussian", "hellinger", "mmd_rbf") else 2
-    scaled = {k: x if k == "labels" else 3 * x for k, x in inputs.items()}
-    assert close(evaluated(name, scaled), 3**power * value)
+        value = metric(s, t, y, reduction, **full)
+        assert close(metric(s, t, 50 + 7 * y, reduction, **full), value)
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -337,14 +212,7 @@ def test_gromov_is_the_cost_of_an_assignment_that_no_step_improves():
     assert 0 < optimal < 20  # an upper bound: often reached, not always
 
 
-def test_gromov_sees_through_rotation_shift_width_and_order():
-    s, turn = normal(12, 3), torch.linalg.qr(normal(5, 5, seed=1))[0]
-    t = (F.pad(s, (0, 2)) @ turn + 7)[torch.randperm(12)]
-    value, gradient = value_and_gradient(lambda x: kd2m.gromov_w2(x, t), s)
-    assert value < 1e-20 and gradient.abs().max() < 1e-10 and kd2m.gromov_w2(s, 2 * t) > 1
-
-
-def test_wrong_use_of_a_metric_is_refused():
+def test_wrong_use_is_refused():
     s, t, y = inputs_of("cw2_gaussian")
     nan = torch.full_like(s, math.nan)
     for wrong in (
@@ -362,3 +230,7 @@ def test_wrong_use_of_a_metric_is_refused():
     ):
         with pytest.raises((ValueError, KeyError)):
             wrong()
+    for name in ("kd_loss", "dkd_loss", "dist_loss"):
+        for temperature in (0.0, -1.0):
+            with pytest.raises(ValueError):
+                getattr(nd, name)(*inputs_of(name), temperature=temperature)

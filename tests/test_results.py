@@ -15,12 +15,15 @@ import sizes  # noqa: E402
 import table  # noqa: E402
 
 README = (ROOT / "results" / "README.md").read_text()
-TABLES = dict(re.findall(r"<!-- (results/.+?) -->\n\n((?:\|.*\n)+)", README))  # source: table
+TABLES = dict(
+    re.findall(r"<!-- ((?:--paired )?results/.+?) -->\n\n((?:\|.*\n)+)", README)
+)  # source: table
 RUNS = sorted(ROOT.glob("results/*/*.json"))
 
 
 def files(source):
-    return [path for pattern in source.split() for path in sorted(ROOT.glob(pattern))]
+    patterns = source.removeprefix("--paired ").split()
+    return [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
 
 
 def load(path):
@@ -34,6 +37,8 @@ def test_a_table_is_that_of_its_files(source):
         made = bench.table(load(path), part)
     elif path == "results/sizes.json":
         made = sizes.table(load(path))
+    elif path == "--paired":
+        made = table.paired(list(map(str, files(source))))
     else:
         made = table.table([table.read(str(path)) for path in files(source)])
     assert TABLES[source].strip() == made
@@ -51,6 +56,8 @@ def test_the_rows_of_a_table_can_be_compared(source):
     """One pair, recipe, data and teacher, and the same seeds for every method."""
     runs = [table.read(str(path)) for path in files(source)]
     assert len({table.setup(run) for run in runs}) == 1
+    if source.startswith("--paired"):  # marks rows that lack a seed
+        return
     seeds = {}
     for run in runs:
         row = run["method"], json.dumps(table.settings(run), sort_keys=True)
@@ -107,6 +114,23 @@ def test_mean_spread_and_what_is_distinguishable():
         ["DCD", "3", "54.50 ± 0.50", "54.00, 55.00", "-"],
         ["ND", "1", "53.00", "53.00, 53.00", "one run"],
         ["CE", "1", "51.00", "51.00, 51.00", "one run"],
+    ]
+
+
+def test_paired_differences(tmp_path):
+    """By hand: KD lacks seed 0; gaps 2 and 3, so 2.5 ± 12.706 * 0.7071 / sqrt(2)."""
+    values = {"KD": (50, 51, 52), "SP": (51, 53, 55), "DCD": (54,)}
+    for method, scores in values.items():
+        for seed, score in enumerate(scores):
+            path = tmp_path / f"{method}{seed}.json"
+            path.write_text(json.dumps(run(method, seed, float(score))))
+            path.with_suffix(".jsonl").write_text(f'{{"test_top1": {score + 0.5}}}\n' * 2)
+    (tmp_path / "KD0.json").unlink()
+    rows = table.paired([str(path) for path in sorted(tmp_path.glob("*.json"))]).splitlines()[2:]
+    assert rows == [
+        "| DCD (fewer than 3 seeds) | 1 | 54.00 | - | - | 0.50 |",
+        "| SP | 3 | 53.00 ± 2.00 | +2.00, +3.00 | +2.50 (± 6.35, not distinguishable) | 0.50 |",
+        "| KD (fewer than 3 seeds) | 2 | 51.50 ± 0.71 | - | - | 0.50 |",
     ]
 
 

@@ -1,5 +1,6 @@
 """The four classification scripts as people use them: whole runs, their files, stops, bad input."""
 
+import inspect
 import json
 import os
 import re
@@ -11,30 +12,12 @@ import types
 from pathlib import Path
 from unittest import mock
 
+import helpers
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (
-    QUICK,
-    ROOT,
-    TIMES,
-    WIDE,
-    Tiny,
-    error_line,
-    lines,
-    make_bad_files,
-    module,
-    progress,
-    result,
-    run,
-    same,
-    shapes,
-    stopped,
-    teacher_file,
-    timeless,
-    weights,
-)
+from helpers import QUICK, WIDE, error_line, lines, module, result, run, same, stopped, weights
 
 import common
 import nd
@@ -61,7 +44,7 @@ def parse(script, command):
 def with_teacher(script):
     """The command above, with the file of a teacher."""
     name = COMMANDS[script].split("--teacher ")[1].split()[0]
-    return f"{COMMANDS[script]} --teacher-ckpt {teacher_file(name=name)}"
+    return f"{COMMANDS[script]} --teacher-ckpt {helpers.teacher_file(name=name)}"
 
 
 # --- a run and its files -------------------------------------------------------------------------
@@ -85,7 +68,7 @@ def test_one_command_trains_the_teacher_and_writes_the_run(cwd, script, capsys):
     assert {path.name for path in out.iterdir()} - {".lock"} == names
     r = result(out)
     assert r == json.loads(json.dumps(returned))  # what main returns is what it wrote
-    keys = {"epoch", "ce", *terms, "train_top1", "test_top1", "lr", *TIMES[:2]}
+    keys = {"epoch", "ce", *terms, "train_top1", "test_top1", "lr", *helpers.TIMES[:2]}
     for number, line in enumerate(lines(out), 1):
         assert line["epoch"] == number and line.keys() == keys and line["ce"] > 0
         assert np.isfinite(list(line.values())).all()
@@ -93,11 +76,13 @@ def test_one_command_trains_the_teacher_and_writes_the_run(cwd, script, capsys):
     assert (r["method"], r["script"], r["seed"], r["epochs"]) == (method, f"{script}.py", 0, 2)
     assert (r["train_images"], r["test_images"], r["world_size"]) == (48, 24, 1)
     assert r["args"]["batch_size"] == 24 and r["args"]["temperature"] == 4
-    assert {"argv", "versions", "device", "commit", "teacher_hash", "data_hash", *TIMES} < r.keys()
+    kept = {"argv", "versions", "device", "commit", "teacher_hash", "data_hash"}
+    assert kept | {*helpers.TIMES} < r.keys()
     student = common.build_model(args.student, 24)
     student.load_state_dict(weights(out / "student.pt"))  # the student alone, strictly
     saved = torch.load(f"checkpoints/shapes_{args.teacher}.pt", weights_only=True)
     assert saved["recipe"]["epochs"] == 2 and saved["recipe"]["images"] == 48
+    assert saved["score"] == r["teacher_top1"]
     assert re.search(rf"teacher {args.teacher} .*test {r['teacher_top1']:.2f} %", text)
     assert re.search(rf"^\| {re.escape(method)} \| 1 \| {r['student_top1']:.2f} \|", text, re.M)
 
@@ -106,7 +91,7 @@ def test_one_command_trains_the_teacher_and_writes_the_run(cwd, script, capsys):
     assert run(script, command) == 0
     captured = capsys.readouterr()
     assert "training it" not in captured.out and "old1" in captured.err
-    assert timeless(out) == timeless(out / "old1")
+    assert helpers.timeless(out) == helpers.timeless(out / "old1")
     assert same(weights(out / "student.pt"), weights(out / "old1/student.pt"))
     assert (out / "old1/student.pt").read_bytes() == before
     for name in ("student.pt", "last.pt"):
@@ -121,7 +106,7 @@ def test_weights_of_zero_are_plain_training_bit_for_bit(quick, script):
     assert run(script, quick, *f"--epochs 3 --seed 5 {PLAIN[script]}".split()) == 0
     assert result("o")["method"] == "CE"
     assert not lines("o")[0].keys() & {"kd", "nd", "sp", "dcd", "w2_empirical"}
-    data, step = shapes(train_size=48), 0
+    data, step = helpers.shapes(train_size=48), 0
     torch.manual_seed(5)
     net = common.build_model("resnet8", 24).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), lr, 0.9, weight_decay=5e-4, nesterov=nesterov)
@@ -136,20 +121,6 @@ def test_weights_of_zero_are_plain_training_bit_for_bit(quick, script):
             optimizer.step()
             step += 1
     assert same(weights("o/student.pt"), net.state_dict())
-
-
-def test_compare_and_seeds(quick, capsys):
-    assert run("nd", quick, *"--compare --seeds 1 0".split()) == 0
-    found = [json.loads(path.read_text()) for path in Path("o").rglob("result.json")]
-    methods = {(r["method"], r["seed"]) for r in found}
-    assert methods == {(m, s) for m in ("CE", "KD", "KD++") for s in (0, 1)} and len(found) == 6
-    text = capsys.readouterr().out
-    for method in ("CE", "KD", "KD++"):
-        assert re.search(rf"^\| {re.escape(method)} \| 2 \| \d+\.\d\d ± \d+\.\d\d \|", text, re.M)
-    # each run is the same with and without the others
-    for more, out in (("", "o/s1"), ("--nd-weight 0", "o/s1/kd"), (PLAIN["nd"], "o/s1/ce")):
-        assert run("nd", quick, *f"--seed 1 {more} --out alone".split()) == 0
-        assert same(weights(f"{out}/student.pt"), weights("alone/student.pt"))
 
 
 BASELINES = {  # command -> the arguments of every run that it makes, the method's last
@@ -195,10 +166,10 @@ def test_the_result_is_the_last_epoch(quick, monkeypatch):
 
 def test_importing_does_nothing_and_the_shell_gets_the_exit_status(cwd):
     code = f"""import os, runpy, sys
-sys.path.insert(0, {str(ROOT)!r})
+sys.path.insert(0, {str(helpers.ROOT)!r})
 import nd, sp, dcd, kd2m, detect_nd
 print(os.listdir(), flush=True)
-sys.argv = [{str(ROOT / "sp.py")!r}, "--teacher", "resnet55"]
+sys.argv = [{str(helpers.ROOT / "sp.py")!r}, "--teacher", "resnet55"]
 runpy.run_path(sys.argv[0], run_name="__main__")"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "[]\n"), done.stderr
@@ -217,11 +188,14 @@ def test_a_teacher_serves_every_script_but_not_other_settings(cwd, capsys):
         assert (f"{path} was trained with" in text) == (script != "nd")  # other optimizers
         for change in ("--teacher-epochs 2", "--train-size 72", "--precision bf16"):
             assert run(script, f"{QUICK} --epochs 1 {change}") == 2
-            assert f"{path} was trained with different settings" in error_line(capsys)
+            assert re.search(f"{path} was .*settings.*--teacher-ckpt", error_line(capsys))
     for change, words in (("--teacher-lr 0.02", "lr 0.1"), ("--momentum 0.5", "momentum 0.9")):
         assert run("nd", f"{QUICK} --epochs 1 {change}") == 2
         assert words in error_line(capsys)
     assert path.read_bytes() == content
+    torch.save(weights(path), path)  # somebody's own file
+    assert run("nd", f"{QUICK} --epochs 1") == 2
+    assert f"{path} was trained with different settings" in error_line(capsys)
 
 
 def test_a_stop_while_the_teacher_trains(cwd):
@@ -245,7 +219,6 @@ class Watch:
     def __init__(self, monkeypatch):
         self.steps, self.check = [], lambda: None
         start, log, backward = common.Run.start, common.Run.log, torch.Tensor.backward
-        average = common.Run.average_gradients
 
         def spy_start(run, **objects):
             self.objects = objects
@@ -254,16 +227,13 @@ class Watch:
             start(run, **objects)
             self.before = [{k: v.clone() for k, v in m.state_dict().items()} for m in self.modules]
 
-        def spy_average(run, optimizer):
-            self.lr, self.optimizer = optimizer.param_groups[0]["lr"], optimizer
-            average(run, optimizer)
-
         def spy_backward(loss, *args, **options):
             self.loss = loss.item()
             backward(loss, *args, **options)
 
         def spy_log(run, terms, samples, logits=None):
-            step = dict(loss=self.loss, lr=self.lr, batch=len(samples), step=run.step)
+            lr = self.objects["optimizer"].param_groups[0]["lr"]
+            step = dict(loss=self.loss, lr=lr, batch=len(samples), step=run.step)
             step["terms"] = {k: float(torch.as_tensor(v).detach()) for k, v in terms.items()}
             self.steps.append(types.SimpleNamespace(**step))
             self.check()
@@ -271,7 +241,6 @@ class Watch:
 
         monkeypatch.setattr(common.Run, "start", spy_start)
         monkeypatch.setattr(common.Run, "log", spy_log)
-        monkeypatch.setattr(common.Run, "average_gradients", spy_average)
         monkeypatch.setattr(torch.Tensor, "backward", spy_backward)
 
 
@@ -279,7 +248,6 @@ class Watch:
 def test_modes_of_batchnorm_and_who_learns(cwd, monkeypatch, any_teacher_passes, script):
     """The student and what is trained beside it learn, in train mode; the teacher does not."""
     command, watch = with_teacher(script), Watch(monkeypatch)
-    content = Path("teacher.pth").read_bytes()
 
     def check():
         teacher = watch.objects["teacher"]
@@ -293,14 +261,14 @@ def test_modes_of_batchnorm_and_who_learns(cwd, monkeypatch, any_teacher_passes,
     teacher.load_state_dict(weights("teacher.pth"))
     for net in (teacher, watch.objects["teacher"]):
         assert common.state_hash(net) == result("o")["teacher_hash"]
-    assert Path("teacher.pth").read_bytes() == content
 
     # Every parameter is in the optimizer once and was moved by its gradient.
-    trained = [p for group in watch.optimizer.param_groups for p in group["params"]]
+    optimizer = watch.objects["optimizer"]
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     own = [p for net in watch.modules for p in net.parameters()]
     assert sorted(map(id, trained)) == sorted(map(id, own))
-    assert all(watch.optimizer.state[p]["momentum_buffer"].abs().max() > 0 for p in own)
-    assert all(group["weight_decay"] == 5e-4 for group in watch.optimizer.param_groups)
+    assert all(optimizer.state[p]["momentum_buffer"].abs().max() > 0 for p in own)
+    assert all(group["weight_decay"] == 5e-4 for group in optimizer.param_groups)
     for before, net in zip(watch.before, watch.modules):
         still = [key for key, value in net.state_dict().items() if torch.equal(before[key], value)]
         assert not still
@@ -384,12 +352,12 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(quick, monkeypatch, command):
 def test_schedule(cwd, monkeypatch, command, lr, factor, milestones, length, warm_up):
     """Of one epoch with as many steps as the recipe has epochs: step k stands for epoch k."""
     script, *flags = command.split()
-    data, images, labels = shapes(), torch.randn(4, 3, 8, 8), torch.arange(4)
+    data, images, labels = helpers.shapes(), torch.randn(4, 3, 8, 8), torch.arange(4)
     data.num_classes, data.steps = 4, lambda _: length
     data.batches = lambda *_, **__: iter([(images, labels)])
     data.train_batches = lambda *_: iter([(images, labels)] * length)
     monkeypatch.setattr(common, "load_data", lambda _: data)
-    monkeypatch.setattr(common, "build_for", lambda *_: Tiny(4))
+    monkeypatch.setattr(common, "build_for", lambda *_: helpers.Tiny(4))
     monkeypatch.setattr(common, "load_teacher", lambda net, *_: net.eval().requires_grad_(False))
     monkeypatch.setattr(common, "evaluate", lambda *_: 0.0)
     watch, pair = Watch(monkeypatch), "--teacher resnet8 --student resnet8 --epochs 1 --out o"
@@ -474,40 +442,33 @@ def test_class_means_belong_to_their_teacher_and_images(quick, monkeypatch):
     assert [torch.equal(found[0], other) for other in found] == [True, True, False, False]
 
 
-def first_step(script, command):
-    """Student's and teacher's logits and features of the first step of a run."""
-    data = common.load_data(parse(script, command))
-    images, labels = next(data.batches("train", 48, 0, augment=True))
-    torch.manual_seed(0)
-    student, teacher = common.build_model("resnet8", 24), common.build_model("resnet8", 24)
-    common.load_weights(teacher, "teacher.pth")
-    with torch.no_grad():
-        s, t = student(images, return_features=True), teacher.eval()(images, return_features=True)
-    return *s, *t, labels
-
-
-def test_options_reach_the_metric_of_kd2m(quick):
+def test_options_reach_the_metric_of_kd2m(quick, monkeypatch):
     """The logged value of a single step is that of the function, at the metric's default weight."""
-    kd2m, command = module("kd2m"), f"{quick} --batch-size 48"
-    zs, s, zt, t, labels = first_step("kd2m", command)
-    s, t = s.embedding, t.embedding
-    values = {
-        "cw2_gaussian --covariance full --class-reduction sum": kd2m.cw2_gaussian(
-            s, t, labels, reduction="sum", cov="full"),
-        "kl_gaussian --kl-direction teacher": kd2m.kl_gaussian(s, t, direction="teacher"),
-        "jw2_empirical --beta 0.5": kd2m.jw2_empirical(s, t, zs, zt, beta=0.5),
-        "w2_empirical --normalize-by-dim": kd2m.w2_empirical(s, t) / 64,
-        "cw2_empirical --class-reduction freq": kd2m.cw2_empirical(s, t, labels, "freq"),
-        **{name: kd2m.METRICS[name](s, t) for name in (
-            "mse", "w2_gaussian", "mmd_linear", "mmd_rbf", "sinkhorn", "hellinger")},
-    }  # fmt: skip
-    for options, value in values.items():
-        name, *flags = options.split()
-        assert run("kd2m", command, "--metric", name, *flags) == 0
-        line, weight = lines("o")[0], kd2m.WEIGHTS[name] * (64 if "dim" in options else 1)
-        assert result("o")["args"]["metric_weight"] == weight
+    kd2m, metrics = module("kd2m"), dict(module("kd2m").METRICS)
+    wanted = {
+        "cw2_gaussian --covariance full --class-reduction sum": dict(reduction="sum", cov="full"),
+        "w2_gaussian --covariance full": dict(cov="full"),
+        "kl_gaussian --kl-direction teacher": dict(direction="teacher"),
+        "jw2_empirical --beta 0.5": dict(beta=0.5),
+        "cw2_empirical --class-reduction freq": dict(reduction="freq"),
+        "w2_empirical --normalize-by-dim": {},
+        **{name: {} for name in ("mse", "mmd_linear", "mmd_rbf", "sinkhorn", "hellinger")},
+    }
+    for command, options in wanted.items():
+        name, *flags = command.split()
+        spy = mock.Mock(side_effect=metrics[name])
+        monkeypatch.setitem(kd2m.METRICS, name, spy)
+        assert run("kd2m", f"{quick} --batch-size 48 --metric {name}", *flags) == 0
+        given = inspect.signature(metrics[name]).bind(*spy.call_args.args).arguments
+        assert {key: given[key] for key in options} == options
+        trained = {key for key, x in given.items() if getattr(x, "requires_grad", False)}
+        assert trained == {key for key in given if key.startswith("student")}
+        [line], dim = lines("o"), 64 if "--normalize-by-dim" in flags else 1
+        weight = result("o")["args"]["metric_weight"]
+        assert weight == kd2m.WEIGHTS[name] * dim
         assert line["ratio"] == pytest.approx(weight * line[name] / line["ce"], rel=2e-3)
-        assert line[name] == pytest.approx(value.item(), rel=2e-3), options
+        value = metrics[name](**given).item() / dim
+        assert line[name] == pytest.approx(value, rel=1e-4), command
 
 
 # --- stopping and going on -----------------------------------------------------------------------
@@ -529,10 +490,10 @@ def test_resume_gives_the_same_student_bit_for_bit(cwd, script, any_teacher_pass
         status = stopped(script, command, *more, step=step, number=number)
         assert status == (-9 if number == signal.SIGKILL else 143)
         assert not Path(out, "result.json").exists()
-        assert progress(out) == saved
+        assert helpers.progress(out) == saved
         assert run(script, command, *more, "--resume") == 0
         assert same(weights("whole/student.pt"), weights(f"{out}/student.pt"))
-        assert timeless("whole") == timeless(out) and len(lines(out)) == 3
+        assert helpers.timeless("whole") == helpers.timeless(out) and len(lines(out)) == 3
         whole, parts = (common.read_checkpoint(f"{d}/last.pt")["state"] for d in ("whole", out))
         assert all(same(whole[k], parts[k]) for k in {"auxiliary", "projector"} & whole.keys())
         assert not list(Path(out).glob("*.tmp"))
@@ -561,14 +522,22 @@ def test_resume_refuses_what_is_another_run(quick, capsys):
     assert "o/last.pt" in error_line(capsys)
 
 
-def test_resume_of_several_runs(quick, capsys):
-    """Finished ones are left alone, the stopped one goes on, the others start."""
-    command = f"{quick} --epochs 2 --compare --seeds 0 1"
+def test_compare_and_seeds_and_their_resumption(quick, capsys):
+    """Finished runs are left alone, the stopped one goes on, the others start."""
+    command = f"{quick} --epochs 2 --compare --seeds 1 0"
     assert run("sp", command, "--out", "whole") == 0
+    text, paths = capsys.readouterr().out, list(Path("whole").rglob("result.json"))
+    found = {(r["method"], r["seed"]) for r in map(result, [path.parent for path in paths])}
+    assert found == {(m, s) for m in ("CE", "KD", "SP") for s in (0, 1)} and len(paths) == 6
+    for method in ("CE", "KD", "SP"):
+        assert re.search(rf"^\| {method} \| 2 \| \d+\.\d\d ± \d+\.\d\d \|", text, re.M)
+    # each run is the same with and without the others
+    for more, out in (("", "s1"), ("--sp-weight 0 --kd-weight 1", "s1/kd"), (PLAIN["sp"], "s1/ce")):
+        assert run("sp", f"{quick} --epochs 2 --seed 1 {more} --out alone") == 0
+        assert same(weights(f"whole/{out}/student.pt"), weights("alone/student.pt"))
     assert stopped("sp", command, step=4 + 3) == 143  # in the second epoch of the second run
     assert run("sp", command, "--resume") == 0
-    students = [path.relative_to("whole") for path in Path("whole").rglob("student.pt")]
-    assert len(students) == 6
+    students = [path.with_name("student.pt").relative_to("whole") for path in paths]
     assert all(same(weights("whole" / path), weights("o" / path)) for path in students)
     capsys.readouterr()
     assert run("sp", command, "--resume", "--sp-weight", "1.5") == 2  # nothing is set aside
@@ -606,7 +575,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(quick, monkeypatch, capsys):
         patch.setattr(os, "fsync", mock.Mock(side_effect=answers))
         assert run("sp", f"{quick} --epochs 3") == 2
     assert re.search("o/.*: No space left", error_line(capsys))
-    assert progress("o") >= (1, 0) and not list(Path("o").glob("*.tmp"))
+    assert helpers.progress("o") >= (1, 0) and not list(Path("o").glob("*.tmp"))
     assert run("sp", f"{quick} --epochs 3 --resume") == 0 and len(lines("o")) == 3
 
 
@@ -624,18 +593,12 @@ EVERY = {  # arguments of any script -> words of the error
     "--frobnicate": "--frobnicate",
     "--out ''": "--out",
     "--teacher-ckpt absent.pth": "absent.pth: no such file",
-    "--teacher-ckpt torn.pth": "torn.pth: damaged",
     "--teacher-ckpt code.pth": "code.pth.*state dict alone",
     "--teacher-ckpt other.pth": "other.pth.*architecture",
-    "--teacher-ckpt classes.pth": "classes.pth.*number of classes",
-    "--teacher-ckpt nan.pth": "nan.pth.*infinite",
     "--teacher-ckpt chance.pth": "chance.pth.*near chance",
     "--resume": "--resume: nothing to resume",
-    "--resume --out torn": "last.pt",
     "--eval absent.pt": "absent.pt: no such file",
     "--dataset folder --data-dir nowhere": "--data-dir.*nowhere",
-    "--dataset folder --data-dir damaged": "train0_0.png",
-    "--dataset folder --data-dir classless": "empty",
 }
 ONE = {  # script and arguments -> words of the error
     "nd --student vit_b_16": "vit_b_16 does not take 16-pixel images",
@@ -657,7 +620,6 @@ ONE = {  # script and arguments -> words of the error
     "dcd --student-ckpt chance.pth": "--transfer",
     "dcd --transfer shapes": "--student-ckpt",
     "dcd --transfer shapes --student-ckpt absent.pt": "absent.pt: no such file",
-    "dcd --transfer shapes --student-ckpt nan.pth": "nan.pth.*infinite",
     "dcd --transfer shapes --student-ckpt other.pth": "other.pth.*architecture",
     "kd2m --metric w2_empirica": "--metric.*w2_empirical",
     "kd2m --ce-weight 0": "--ce-weight 0",
@@ -669,7 +631,11 @@ BAD = {f"{SCRIPTS[k % 4]} {line}": words for k, (line, words) in enumerate(EVERY
 
 @pytest.mark.parametrize("line", BAD)
 def test_bad_input_ends_in_one_line_and_status_2(cwd, line, capsys):
-    make_bad_files()
+    torch.manual_seed(1)
+    net = common.build_model("resnet8", 24)
+    torch.save(net.state_dict(), "chance.pth")
+    torch.save({"model": net.state_dict(), "opt": helpers.Bomb()}, "code.pth")
+    torch.save(common.build_model("resnet14", 24).state_dict(), "other.pth")
     before = set(cwd.rglob("*"))
     script, *arguments = shlex.split(line)
     assert run(script, f"{QUICK} --epochs 1", *arguments) == 2
@@ -686,11 +652,11 @@ def test_a_loss_that_is_not_finite_stops_and_is_named(quick, monkeypatch, capsys
         monkeypatch.setattr(module(script), "kd_loss", spoiled)
         assert run(script, f"{quick}/{script} --epochs 3 --kd-weight 1") == 2
         assert re.search("loss term kd .*epoch 2", error_line(capsys))
-        assert progress(f"o/{script}") == (1, 0)  # the end of the epoch before
+        assert helpers.progress(f"o/{script}") == (1, 0)  # the end of the epoch before
         saved = common.read_checkpoint(f"o/{script}/last.pt")["state"]["student"]
         assert all(torch.isfinite(value.float()).all() for value in saved.values())
     assert run("nd", f"{quick} --epochs 3 --lr 1e12 {PLAIN['nd']}") == 2  # divergence
-    assert "--lr" in error_line(capsys) and progress("o") == (0, 0)
+    assert "--lr" in error_line(capsys) and helpers.progress("o") == (0, 0)
 
 
 def test_exit_codes_of_what_is_not_the_users_fault(quick, monkeypatch, capsys):
@@ -782,7 +748,7 @@ def test_plots(quick, monkeypatch, capsys):
     relations = []
     for path in ("o/dcd/student.pt", "teacher.pth"):
         net, rows = common.load_model("resnet8", path).eval(), {k: [] for k in range(24)}
-        for images, labels in shapes(train_size=48).batches("test", 1):
+        for images, labels in helpers.shapes(train_size=48).batches("test", 1):
             with torch.no_grad():
                 z = net(images)[0].double().numpy()
             rows[labels.item()].append((z - z.mean()) / z.std())
@@ -797,8 +763,6 @@ def test_plots(quick, monkeypatch, capsys):
         assert not Path(f"o/new-{script}").exists()
 
 
-# --- probes of dcd.py ----------------------------------------------------------------------------
-
 TRANSFER = "--dataset cifar100 --transfer shapes --image-size 16 --train-size 48 --batch-size 24"
 TRANSFER += " --epochs 2"
 
@@ -812,8 +776,8 @@ TRANSFER += " --epochs 2"
     ],
 )
 def test_transfer_trains_the_classifiers_alone(cwd, student, teacher, classifier, bn):
-    teacher_file("student.pt", student, 100)
-    teacher_file("teacher.pth", teacher, 7)
+    helpers.teacher_file("student.pt", student, 100)
+    helpers.teacher_file("teacher.pth", teacher, 7)
     command = f"{TRANSFER} --student {student} --student-ckpt student.pt --transfer-bn {bn}"
     command += f" --teacher {teacher} --teacher-ckpt teacher.pth --out o"
     assert run("dcd", command) == 0
@@ -831,11 +795,11 @@ def test_transfer_trains_the_classifiers_alone(cwd, student, teacher, classifier
 
 
 def test_transfer_equals_a_probe_written_by_hand(cwd):
-    teacher_file("student.pt", "resnet8", 100)
+    helpers.teacher_file("student.pt", "resnet8", 100)
     command = f"{TRANSFER} --student resnet8 --student-ckpt student.pt --seed 3 --out o"
     assert run("dcd", command) == 0
     assert result("o")["teacher_top1"] is None
-    data, net = shapes(train_size=48), common.load_model("resnet8", "student.pt")
+    data, net = helpers.shapes(train_size=48), common.load_model("resnet8", "student.pt")
     net = net.to(memory_format=torch.channels_last).eval()
     torch.manual_seed(3)
     torch.nn.Linear(64, 24)  # draws that PyTorch makes for its own start
@@ -856,8 +820,8 @@ def test_transfer_equals_a_probe_written_by_hand(cwd):
 def test_transfer_finds_the_networks_and_resumes(cwd, capsys):
     Path("checkpoints").mkdir()
     Path("a-run").mkdir()
-    teacher_file("checkpoints/cifar100_resnet8.pt", "resnet8", 100)
-    teacher_file("a-run/student.pt", "wrn_16_1", 100)
+    helpers.teacher_file("checkpoints/cifar100_resnet8.pt", "resnet8", 100)
+    helpers.teacher_file("a-run/student.pt", "wrn_16_1", 100)
     known = dict(method="DCD+KD", student="wrn_16_1", teacher="resnet8", dataset="cifar100")
     Path("a-run/result.json").write_text(json.dumps(known | {"args": {"image_size": 48}}))
     command = f"{TRANSFER} --student-ckpt a-run/student.pt"
