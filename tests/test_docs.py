@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, teacher_file
+from helpers import QUICK, ROOT, lines, teacher_file
 from PIL import Image
 
 import common
@@ -123,6 +123,29 @@ def test_the_loop_in_the_readme_runs():
     batches = [(torch.randn(6, 3, 32, 32), torch.arange(6) % 3)] * 2
     scope["train_epoch"](student, teacher, batches, optimizer, 3)
     assert not torch.equal(student.fc.weight, before)
+
+
+def test_a_method_of_ones_own(cwd, few_shapes, any_teacher_passes, monkeypatch):
+    """The five steps of the README, with a toy loss."""
+    source = (ROOT / "sp.py").read_text()
+    start = source.index("def sp_loss")
+    toy = "def my_loss(s, t):\n    return F.mse_loss(s.mean((2, 3)), t.detach().mean((2, 3)))"
+    source = source[:start] + toy + source[source.index("\n\n\n", start) :]
+    assert 'common.Parser("sp", __doc__)' in source
+    for old, new in (
+        ('Parser("sp"', 'Parser("my"'),
+        ("sp_loss(", "my_loss("),
+        ("sp_weight", "my_weight"),
+        ("--sp-weight", "--my-weight"),
+    ):
+        source = source.replace(old, new)
+    Path("my.py").write_text(source)
+    monkeypatch.syspath_prepend(str(cwd))
+    results = importlib.import_module("my").main(f"{QUICK} --epochs 1 --compare --out o".split())
+    assert [r["method"] for r in results] == ["CE", "KD", "SP"]
+    assert (
+        results[2]["script"] == "my.py" and "sp" in lines("o")[0] and "sp" not in lines("o/kd")[0]
+    )
 
 
 @pytest.mark.parametrize("script", MODULES)
