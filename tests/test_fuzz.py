@@ -1,4 +1,9 @@
-"""Hostile arguments, drawn by hypothesis: an error of one line or the right result."""
+"""Hostile arguments, drawn by hypothesis: an error of one line or the right result.
+
+In a test run, the same few examples every time; more, and others, with
+
+    python -m pytest tests/test_fuzz.py --hypothesis-profile long
+"""
 
 import pytest
 from helpers import module
@@ -7,12 +12,9 @@ from hypothesis import strategies as st
 
 import common
 
-SOME = settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,  # the same examples every time
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+SLOW = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.register_profile("default", max_examples=60, derandomize=True, **SLOW)
+settings.register_profile("long", max_examples=20_000, **SLOW)
 
 FLAGS = """
 --teacher --student --dataset --data-dir --image-size --train-size --val-size --epochs --lr
@@ -34,7 +36,6 @@ arguments = st.lists(
 )
 
 
-@SOME
 @given(st.sampled_from(["nd", "sp", "dcd", "kd2m"]), arguments)
 def test_any_arguments_are_taken_or_refused_in_one_line(cwd, capsys, script, arguments):
     """Only the runs themselves are left out."""
