@@ -355,7 +355,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     vars(args).update(unset)
     if unset and not args.eval:
         print(f"loss weights: {unset}, the paper's for {pair}", flush=True)
-
     bases = {"KD": args.kd_weight, "ReviewKD": args.reviewkd_weight}
     args.method = "+".join(name for name, value in bases.items() if value)
     if args.nd_weight:
@@ -424,7 +423,6 @@ def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
     add("--smallest-anchor", type=count, help="side at the finest level (default: 32; shapes: 16)")
     add("--image-size", type=common.number(int, 8, 4096), help="short side in pixels (default: 640"
         " to 800 in training, 800 in a test; shapes: 64)")  # fmt: skip
-
     add = parser.add_argument_group("data and run").add_argument
     add("--dataset", choices=("coco", "shapes"), default="coco", help="files in COCO's layout, or"
         " synthetic scenes, which need none (default: coco)")  # fmt: skip
@@ -462,7 +460,9 @@ class DetectionData:
             self.category_ids = [None, *sorted(names)]
             self.classes = ["__background__", *(names[i] for i in sorted(names))]
         self.num_classes, self.ground_truth = len(self.classes), tables[1]
-        digest = hashlib.sha256(b"".join(contents) + b"empty images too" * keep_empty)
+        digest = hashlib.sha256(b"".join(contents))
+        if keep_empty:
+            digest.update(b"empty images too")
         for images in (every, self.val):
             digest.update(repr([image["id"] for image in images]).encode())
             for image in images:
@@ -579,9 +579,13 @@ KEYS["annotations"] = ("area", "iscrowd", "image_id", "category_id", "bbox")
 READ = dict(name=str, file_name=str, area=float, bbox=lambda box: [*map(float, box)])
 
 
+def _whole(value):
+    return int(value.removesuffix(".0") if isinstance(value, str) else value)
+
+
 def _read_table(path, content, notes):
     """faster-coco-eval's index of an annotation file, whose entries are brought to one form."""
-    known, where, key = defaultdict(dict), "not COCO's instances format", ""
+    known, where, key = defaultdict(dict), "not COCO's", "instances format"
     try:
         table = {"annotations": [], **json.loads(content)}
         for kind, index, entry in [(k, i, e) for k in KEYS for i, e in enumerate(table[k])]:
@@ -589,7 +593,7 @@ def _read_table(path, content, notes):
             given = dict(width=0, height=0, iscrowd=0, area=-1)  # what may be left out
             given.update((key, value) for key, value in entry.items() if value is not None)
             for key in KEYS[kind]:
-                value = READ.get(key, int)(given[key])
+                value = READ.get(key, _whole)(given[key])
                 if entry.get(key, value) != value:
                     notes[f"odd: {{}} {kind} whose {key} had to be converted"].append(where)
                 entry[key] = value
@@ -619,13 +623,12 @@ def _read_split(root, split, skip_bad_images, keep_empty, workers):
     path, folder = next((file for file in files if file[0].is_file()), files[0])
     if not path.is_file():
         raise common.UserError(f"--data-dir: no {path} (--dataset shapes needs no files)")
-    content = path.read_bytes()
-    table = _read_table(path, content, notes)
+    table = _read_table(path, content := path.read_bytes(), notes)
     images = [dict(image) for image in table.imgs.values()]
     for image in images:
-        image["path"] = file = str(_find_image(folder, name := image["file_name"]))
-        if owners.setdefault(file, name) != name:
-            raise common.UserError(f"{file}: is it {name} or {owners[file]} of {path}? rename one")
+        image["path"] = file = str(_find_image(folder, image["file_name"]))
+        if (other := owners.setdefault(file, image["id"])) != image["id"]:
+            raise common.UserError(f"{path}: images {other} and {image['id']} are one file: {file}")
     if skip_bad_images:
         # A pass of its own, so that the batches are full and a resumed run counts them alike.
         decoded = _decode([[(image, False)] for image in images], workers)
@@ -662,7 +665,7 @@ def _read_split(root, split, skip_bad_images, keep_empty, workers):
     if not any(len(image["labels"]) for image in images):
         raise common.UserError(f"{path}: no image has a box")
     found = {what.format(f"{len(names):,}"): names for what, names in notes.items() if names}
-    few = {what: ", ".join(names[:3] + ["..."] * (len(names) > 3)) for what, names in found.items()}
+    few = {what: ", ".join(names[:3] + ["..."][: len(names[3:])]) for what, names in found.items()}
     print(f"{split}: {len(images):,} images", *(f"{what} ({few[what]})" for what in few), sep="; ")
     report = [line for what in found for line in (f"{split}: {what}", *found[what])]
     return path, content, table, images, "".join(f"{line}\n" for line in report)
@@ -690,9 +693,8 @@ def draw_scenes(root: Path, size: int) -> Path:
                     entry = dict(image_id=image_id, category_id=shape + 1, bbox=box, iscrowd=0)
                     annotations.append(entry | dict(id=len(annotations) + 1, area=box[2] * box[3]))
             categories = [dict(id=k + 1, name=name) for k, name in enumerate(common.SHAPES)]
-            table = dict(images=images, annotations=annotations, categories=categories)
-            path = scenes / f"annotations/instances_{split}.json"
-            common.write_whole(path, json.dumps(table).encode())
+            table = json.dumps(dict(images=images, annotations=annotations, categories=categories))
+            common.write_whole(scenes / f"annotations/instances_{split}.json", table.encode())
         with contextlib.suppress(OSError):  # another program was faster
             scenes.rename(folder)
     return folder
@@ -873,11 +875,9 @@ def evaluate_detector(model: nn.Module, data: DetectionData, args) -> tuple[dict
         precision = evaluator.eval["precision"]  # [IoU, recall, class, area, detections an image]
         by_class = [precision[:, :, k, 0, -1] for k in range(precision.shape[2])]
         by_class = [p[p > -1].mean() if (p > -1).any() else -1 for p in by_class]
-        scores, by_class = (
-            [None if value < 0 else round(100 * float(value), 3) for value in values]
-            for values in (evaluator.stats, by_class)
-        )
-        scores = dict(zip(AP_NAMES, scores)), dict(zip(evaluator.params.catIds, by_class))
+        values = [*evaluator.stats[:6], *by_class]
+        values = [None if value < 0 else round(100 * float(value), 3) for value in values]
+        scores = dict(zip(AP_NAMES, values)), dict(zip(evaluator.params.catIds, values[6:]))
     return common.gather_objects(scores)[0]
 
 
