@@ -1147,7 +1147,8 @@ def _files_by_class(root, odd):
 
 def say_what_is_odd(split: str, count: int, odd: dict[str, list[str]]) -> str:
     """Print one line about the files of a split. Returns: all of it, a line each, for the run."""
-    kinds = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in odd.items()]
+    odd = {what: names for what, names in odd.items() if names}
+    kinds = [f"{len(names):,} {what} ({', '.join(names[:3])})" for what, names in odd.items()]
     if kinds:
         print("; ".join([f"{split}: {count:,} images", *kinds]), flush=True)
     return "".join(f"{split}: {what}: {name}\n" for what, names in odd.items() for name in names)

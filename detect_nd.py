@@ -40,6 +40,8 @@ import hashlib
 import json
 import sys
 import tempfile
+import unicodedata
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +52,7 @@ import torchvision
 from faster_coco_eval import COCO, COCOeval_faster
 from PIL import Image
 from torch import nn
+from torch.utils._pytree import tree_map
 
 import common
 
@@ -244,15 +247,14 @@ def distill(args: argparse.Namespace) -> dict:
     # The teacher: from a file, or trained first by this very function. Frozen from here.
     teacher = load_teacher(args, data, distill) if args.teacher else None
     if args.nd_weight:
-        class_means, class_counts = load_roi_class_means(args, data, teacher)
+        class_means, counts = load_roi_class_means(args, data, teacher)
     asks_box_branch = args.nd_weight or args.kd_weight  # of the teacher, in every step
     asks_teacher = asks_box_branch or args.reviewkd_weight
 
     # SGD with momentum for all that is trained: not the stem and layer1 of a pretrained ResNet.
     student, auxiliary = student.to(data.device), auxiliary.to(data.device)
     trained = [p for p in (*student.parameters(), *auxiliary.parameters()) if p.requires_grad]
-    sgd = dict(momentum=args.momentum, weight_decay=args.weight_decay)
-    optimizer = torch.optim.SGD(trained, lr=args.lr, **sgd)
+    optimizer = torch.optim.SGD(trained, args.lr, args.momentum, weight_decay=args.weight_decay)
     run.start(student=student, auxiliary=auxiliary, optimizer=optimizer, teacher=teacher)
 
     warm_up_steps = max(1, min(1000, run.total_steps // 10))
@@ -272,9 +274,8 @@ def distill(args: argparse.Namespace) -> dict:
                     if asks_teacher:
                         teacher_maps = teacher.backbone(sampled.pixels)
                     if asks_box_branch:
-                        teacher_emb, teacher_logits, _ = box_branch(
-                            teacher, teacher_maps, sampled.boxes, sampled.sizes
-                        )
+                        rois = sampled.boxes, sampled.sizes
+                        teacher_emb, teacher_logits, _ = box_branch(teacher, teacher_maps, *rois)
                 if args.reviewkd_weight:
                     maps, teacher_maps = [*sampled.feature_maps.values()], [*teacher_maps.values()]
                     maps = [m.float() for m in auxiliary["review"](maps, teacher_maps)]
@@ -282,9 +283,7 @@ def distill(args: argparse.Namespace) -> dict:
             # Losses, in float32. A term of weight 0 is left out: 0.0, which is not logged.
             nd = kd = reviewkd = 0.0
             if args.nd_weight:
-                nd = roi_nd_loss(
-                    sampled, teacher_emb, class_means, class_counts, args.nd_foreground_only
-                )
+                nd = roi_nd_loss(sampled, teacher_emb, class_means, counts, args.nd_foreground_only)
             if args.kd_weight:
                 kd = kd_loss(sampled.logits, teacher_logits, temperature=1.0)
             if args.reviewkd_weight:
@@ -304,21 +303,17 @@ def distill(args: argparse.Namespace) -> dict:
         draw_comparison(student, data, args)
     scores = {name: run.history[-1][name] for name in AP_NAMES}
     more = dict(ap=scores, classes=data.classes, bad_images=data.bad_images)
-    teacher_ap = teacher.ap if teacher is not None else None
-    return run.finish(teacher_ap=teacher_ap, student_ap=scores["AP"], **more)
+    return run.finish(teacher_ap=getattr(teacher, "ap", None), student_ap=scores["AP"], **more)
 
 
-# fmt: off
-# Loss weights of the paper's three COCO pairs, from the configurations of its code. Another pair
-# takes those of the first.
+# Loss weights of the paper's three COCO pairs, from the configurations of its code: of KD++, of
+# ReviewKD++ (review, review_nd) and of ReviewKD alone. Another pair takes those of the first.
 PAPER_WEIGHTS = {
-    "resnet101 resnet18": {"KD++": dict(nd_weight=1.5, kd_weight=1.0, reviewkd_weight=0.0),
-        "ReviewKD++": dict(nd_weight=1.5, kd_weight=0.0, reviewkd_weight=1.2), "ReviewKD": 1.2},
-    "resnet101 resnet50": {"KD++": dict(nd_weight=1.0, kd_weight=1.0, reviewkd_weight=0.0),
-        "ReviewKD++": dict(nd_weight=1.0, kd_weight=0.0, reviewkd_weight=1.4), "ReviewKD": 1.0},
-    "resnet50 mobilenet_v2": {"KD++": dict(nd_weight=1.0, kd_weight=1.0, reviewkd_weight=0.0),
-        "ReviewKD++": dict(nd_weight=1.5, kd_weight=0.0, reviewkd_weight=2.2), "ReviewKD": 2.0},
+    "resnet101 resnet18": dict(kd=1.0, nd=1.5, review=1.2, review_nd=1.5, review_alone=1.2),
+    "resnet101 resnet50": dict(kd=1.0, nd=1.0, review=1.4, review_nd=1.0, review_alone=1.0),
+    "resnet50 mobilenet_v2": dict(kd=1.0, nd=1.0, review=2.2, review_nd=1.5, review_alone=2.0),
 }
+# fmt: off
 # The synthetic scenes are small and few, so a detector for them is small and trained from scratch.
 RECIPES = {
     "coco": dict(teacher="resnet50", student="resnet18", epochs=12, batch_size=8, regions=512,
@@ -336,10 +331,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add, weight = parser.add_argument_group("method").add_argument, common.weight
     add("--base", choices=("kd", "reviewkd"), default="kd", help="loss to add ND to (default: kd)")
     add("--nd-weight", type=weight, help="weight of ND (default: the paper's)")
-    add("--kd-weight", type=weight, help="weight of KD on the RoIs' logits, at temperature 1"
-        " (default: the paper's; with --base reviewkd 0)")  # fmt: skip
-    add("--reviewkd-weight", type=weight, help="weight of ReviewKD on the FPN's feature maps"
-        " (default: the paper's; with --base kd 0)")  # fmt: skip
+    add("--kd-weight", type=weight, help="of KD on RoIs, T = 1 (default: the paper's; reviewkd: 0)")
+    add("--reviewkd-weight", type=weight, help="of ReviewKD on FPN maps (default: paper's; kd: 0)")
     add("--nd-foreground-only", action="store_true", help="ablation: ND without background RoIs")
     add("--class-means-images", type=common.positive_int, help="images to average (default: all)")
     add_detection_arguments(parser)
@@ -350,15 +343,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.lr = args.lr or 0.01 * args.batch_size / 8
     args.train_teacher = args.train_teacher or args.dataset == "shapes"
 
-    # Unset loss weights default to the paper's for this pair; pairs not in the paper use the first.
     pair = f"{args.teacher} {args.student}"
     pair = pair if pair in PAPER_WEIGHTS else "resnet101 resnet18"
-    weights = PAPER_WEIGHTS[pair]["KD++" if args.base == "kd" else "ReviewKD++"]
+    paper = PAPER_WEIGHTS[pair]
+    weights = dict(nd_weight=paper["nd"], kd_weight=paper["kd"], reviewkd_weight=0.0)
+    if args.base == "reviewkd":
+        weights = dict(nd_weight=paper["review_nd"], kd_weight=0.0, reviewkd_weight=paper["review"])
     unset = {name: value for name, value in weights.items() if getattr(args, name) is None}
     vars(args).update(unset)
     if unset and not args.eval:
         print(f"loss weights: {unset}, the paper's for {pair}", flush=True)
-
     bases = {"KD": args.kd_weight, "ReviewKD": args.reviewkd_weight}
     args.method = "+".join(name for name, value in bases.items() if value)
     if args.nd_weight:
@@ -385,16 +379,14 @@ def main(argv=None) -> dict | list[dict]:
         raise common.UserError("--eval trains nothing: no --resume, --compare, --seeds, --plot")
     if args.eval:
         return evaluate_file(args)
-    pair = f"{args.teacher} {args.student}"
-    paper = PAPER_WEIGHTS.get(pair, PAPER_WEIGHTS["resnet101 resnet18"])
+    paper = PAPER_WEIGHTS.get(f"{args.teacher} {args.student}", PAPER_WEIGHTS["resnet101 resnet18"])
     off = dict(NO_DISTILLATION, nd_foreground_only=False, plot=False)
-    kd_weight = args.kd_weight or paper["KD++"]["kd_weight"]
-    kd = dict(off, method="KD", kd_weight=kd_weight)
-    baselines = {"plain": dict(off, method="plain"), "kd": kd}
+    baselines = {"plain": dict(off, method="plain"), "kd": dict(off, method="KD")}
+    baselines["kd"]["kd_weight"] = args.kd_weight or paper["kd"]
     if args.reviewkd_weight:
         # Without ND the paper weighs ReviewKD otherwise; a weight other than its default stays.
-        given = args.reviewkd_weight != paper["ReviewKD++"]["reviewkd_weight"]
-        alone = args.reviewkd_weight if given else paper["ReviewKD"]
+        default = args.reviewkd_weight == paper["review"]
+        alone = paper["review_alone"] if default else args.reviewkd_weight
         baselines["reviewkd"] = dict(off, method="ReviewKD", reviewkd_weight=alone)
     return common.launch(distill, args, baselines, needed=("plain",) if args.plot else ())
 
@@ -403,8 +395,6 @@ def main(argv=None) -> dict | list[dict]:
 # Chores that only detection has: flags, data, synthetic scenes, the detector, the teacher, AP and
 # figures. Nothing below this line belongs to the method.
 # ----------------------------------------------------------------------------------------------
-
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
 
 
 def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
@@ -431,13 +421,13 @@ def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
     add("--smallest-anchor", type=count, help="side at the finest level (default: 32; shapes: 16)")
     add("--image-size", type=common.number(int, 8, 4096), help="short side in pixels (default: 640"
         " to 800 in training, 800 in a test; shapes: 64)")  # fmt: skip
-
     add = parser.add_argument_group("data and run").add_argument
     add("--dataset", choices=("coco", "shapes"), default="coco", help="files in COCO's layout, or"
         " synthetic scenes, which need none (default: coco)")  # fmt: skip
     add("--data-dir", type=file, default="data", help="folder in COCO's layout (default: data)")
     add("--train-split", default="train2017", help="name of the split (default: train2017)")
     add("--val-split", default="val2017", help="name of the split (default: val2017)")
+    add("--keep-empty", action="store_true", help="train on images without annotations too")
     add("--train-size", type=count, help="number of training images (default: all)")
     add("--workers", type=common.number(int, 0, 256), help="processes that decode images (default:"
         " one a core, at most 8; shapes: 0)")  # fmt: skip
@@ -448,22 +438,16 @@ def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class DetectionData:
-    """COCO's layout: annotations/instances_<split>.json and a folder of images for each split.
+    """COCO's or Roboflow's layout. An image is a dict: COCO's entry, its path, and what can be
+    trained on, boxes [n,4] in pixels (x1, y1, x2, y2) and labels [n] from 1. It is decoded anew in
+    every pass. Images differ in size, so a batch is a list of them. `report` names all that was
+    left out or is odd."""
 
-    An image is a dict: COCO's entry, its path, and what can be trained on, boxes [n,4] in pixels
-    (x1, y1, x2, y2) and labels [n] from 1. It is decoded anew in every pass. Images differ in size,
-    so a batch is a list of them.
-    """
-
-    def __init__(self, root, splits, train_size, skip_bad_images, workers, device):
+    def __init__(self, root, splits, train_size, skip_bad_images, keep_empty, workers, device):
         self.workers, self.device = workers, device
-        paths = [root / "annotations" / f"instances_{split}.json" for split in splits]
-        for path in paths:
-            if not path.is_file():
-                raise common.UserError(f"--data-dir: no {path} (--dataset shapes needs no files)")
-        contents = [path.read_bytes() for path in paths]
-        tables = [_read_table(path, content) for path, content in zip(paths, contents)]
-        names, other = ({i: str(c["name"]) for i, c in table.cats.items()} for table in tables)
+        read = [_read_split(root, split, skip_bad_images, keep_empty, workers) for split in splits]
+        paths, contents, tables, (every, self.val), reports = zip(*read)
+        names, other = ({i: c["name"] for i, c in table.cats.items()} for table in tables)
         if names != other:
             raise common.UserError(f"{paths[0]} and {paths[1]} must list the same categories")
         # The name and the files' number of every label. COCO's own are kept, with their gaps, so
@@ -473,19 +457,16 @@ class DetectionData:
             self.category_ids = [None, *sorted(names)]
             self.classes = ["__background__", *(names[i] for i in sorted(names))]
         self.num_classes, self.ground_truth = len(self.classes), tables[1]
-        train, self.val = (
-            _images_of(root / split, table, self.category_ids, skip_bad_images, workers)
-            for split, table in zip(splits, tables)
-        )
         digest = hashlib.sha256(b"".join(contents))
-        for images in (train, self.val):
+        if keep_empty:
+            digest.update(b"empty images too")
+        for images in (every, self.val):
             digest.update(repr([image["id"] for image in images]).encode())
-        self.fingerprint, self.report = digest.hexdigest()[:16], ""
-        self.bad_images = sum(len(table.imgs) for table in tables) - len(train) - len(self.val)
-        train = [image for image in train if len(image["labels"])]
-        print(f"data: {len(train)} images with boxes to train on, {self.bad_images} bad images")
-        if not train or not any(len(image["labels"]) for image in self.val):
-            raise common.UserError(f"{paths[1 if train else 0]}: no image has a box")
+            for image in images:
+                image["labels"].apply_(self.category_ids.index)  # of a category id
+        self.fingerprint, self.report = digest.hexdigest()[:16], "".join(reports)
+        self.bad_images = sum(len(table.imgs) for table in tables) - len(every) - len(self.val)
+        train = [image for image in every if image["trained_on"]]
         if (train_size or 1) > len(train):
             raise common.UserError(f"--train-size {train_size}: there are {len(train)} images")
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
@@ -499,16 +480,16 @@ class DetectionData:
     def train_batches(self, batch_size: int, seed: int, first: int, last: int):
         """Batches `first` to `last` - 1 of an epoch, shuffled and flipped: this rank's part."""
         plan = [keys[common.share(len(keys))] for keys in self._shuffled(batch_size, seed)]
-        return self._decoded(self.train, plan[first:last])
+        return self._decoded(plan[first:last])
 
     def batches(self, images: list[dict], batch_size: int, shared: bool = False):
         """Batches of these images in order. shared: this rank's part of the batches."""
-        keys = [(index, False) for index in range(len(images))]
+        keys = [(image, False) for image in images]
         plan = [keys[k : k + batch_size] for k in range(0, len(keys), batch_size)]
-        return self._decoded(images, plan[common.share(len(plan))] if shared else plan)
+        return self._decoded(plan[common.share(len(plan))] if shared else plan)
 
     def _shuffled(self, batch_size, seed):
-        """An epoch as lists of (index, flip?). For less padding wide images meet wide ones and tall
+        """An epoch as lists of (image, flip?). For less padding wide images meet wide ones and tall
         ones tall ones; the rest of both makes the last batches. A last batch of one image a rank is
         left out, since BatchNorm cannot be trained on one image's 1x1 feature map."""
         rng, images = torch.Generator().manual_seed(seed), self.train
@@ -524,49 +505,47 @@ class DetectionData:
         if len(batches) > 1 and len(batches[-1]) < min(2 * common.world(), batch_size):
             batches.pop()
         if len(batches[-1]) < common.world():
-            raise common.UserError(
-                f"--batch-size: {common.world()} ranks need an image each, or more"
-            )
+            raise common.UserError(f"--batch-size: {common.world()} ranks need an image each")
         order = torch.randperm(len(batches), generator=rng).tolist()
-        return [[(i, flips[i]) for i in batches[k]] for k in order]
+        return [[(images[i], flips[i]) for i in batches[k]] for k in order]
 
-    def _decoded(self, images, plan):
+    def _decoded(self, plan):
         """Yields lists of images [3,h,w] in 0..1, of torchvision's targets, and of image ids."""
-        decoded = common.read_in_workers(Decoder(images), self.workers, batch_sampler=plan)
-        for keys, batch in zip(plan, decoded):
+        for keys, batch in zip(plan, _decode(plan, self.workers)):
             pixels, targets = [], []
-            for (index, flip), content in zip(keys, batch):
+            for (image, flip), content in zip(keys, batch):
                 if isinstance(content, str):
                     raise common.UserError(f"{content}; --skip-bad-images leaves such images out")
                 pixels.append(content.to(self.device).float().div_(255))
-                boxes, width = images[index]["boxes"].clone(), images[index]["width"]
+                boxes = image["boxes"].clone()
                 if flip:
-                    boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
-                boxes, labels = boxes.to(self.device), images[index]["labels"].to(self.device)
+                    boxes[:, [0, 2]] = image["width"] - boxes[:, [2, 0]]
+                boxes, labels = boxes.to(self.device), image["labels"].to(self.device)
                 targets.append({"boxes": boxes, "labels": labels})
-            yield pixels, targets, [images[index]["id"] for index, _ in keys]
+            yield pixels, targets, [image["id"] for image, _ in keys]
 
 
-class Decoder(torch.utils.data.Dataset):
-    """(index, flip?) -> image [3,h,w] uint8, or what is wrong with it."""
+def _decode(plan, workers):
+    """Yields each batch of (image, flip?) as a list of [3,h,w] uint8, or of what is wrong."""
+    keys = [[(i["path"], (i["width"], i["height"]), flip) for i, flip in keys] for keys in plan]
+    return common.read_in_workers(Decoder(), workers, batch_sampler=keys)
 
-    def __init__(self, images):
-        self.files = [(image["path"], (image["width"], image["height"])) for image in images]
+
+class Decoder:
+    """Images as stored, to which annotations refer, or turned as EXIF says if only that fits."""
 
     def __getitem__(self, key):
-        index, flip = key
-        path, size = self.files[index]
+        path, size, flip = key
         try:
             image = common.read_rgb(path, upright=False)
+            turned = image if image.size == size else common.read_rgb(path, upright=True)
         except common.UserError as error:
             return str(error)
-        if image.size != size:
+        image = turned if turned.size == size else image
+        if all(size) and image.size != size:
             return f"{path}: width and height are {image.size}, its annotation says {size}"
         pixels = np.array(image).transpose(2, 0, 1)
         return np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)
-
-
-_read_once = functools.lru_cache(maxsize=1)(DetectionData)  # for the runs of --compare and --seeds
 
 
 def load_detection_data(args) -> DetectionData:
@@ -577,68 +556,112 @@ def load_detection_data(args) -> DetectionData:
         with common.one_rank_first():
             root, splits = draw_scenes(root, args.image_size), tuple(SCENES)
     workers = min(8, common.cores()) if args.workers is None else args.workers
-    device = common.pick_device(args.device)
-    return _read_once(root, splits, args.train_size, args.skip_bad_images, workers, device)
+    choice = args.train_size, args.skip_bad_images, args.keep_empty, workers
+    return _read_once(root, splits, *choice, common.pick_device(args.device))
 
 
-def _read_table(path, content):
-    """faster-coco-eval's index of an annotation file, whose entries are checked first."""
+def _find_image(folder, name):
+    """The path of an image, which may be named with other folders or in the other Unicode form."""
+    parts = name.replace("\\", "/").split("/")
+    ends = ["/".join(parts[k:]) for k in range(len(parts))]
+    forms = [unicodedata.normalize(form, end) for end in ends for form in ("NFC", "NFD")]
+    return next((folder / n for n in (name, *forms) if (folder / n).is_file()), folder / name)
+
+
+_read_once = functools.lru_cache(maxsize=1)(DetectionData)  # for the runs of --compare and --seeds
+SCENES = {"train2017": 400, "val2017": 100}  # of synthetic images, without any files
+# What is read of each entry: whole numbers, but for those below. Tools write them as text, too.
+KEYS = {"categories": ("name", "id"), "images": ("file_name", "width", "height", "id")}
+KEYS["annotations"] = ("area", "iscrowd", "image_id", "category_id", "bbox")
+READ = dict(name=str, file_name=str, area=float, bbox=lambda box: [*map(float, box)])
+
+
+def _whole(value):
+    return int(value.removesuffix(".0") if isinstance(value, str) else value)
+
+
+def _read_table(path, content, notes):
+    """faster-coco-eval's index of an annotation file, whose entries are brought to one form."""
+    known, where, key = defaultdict(dict), "not COCO's", "instances format"
     try:
-        table = json.loads(content)
-        images = {image["id"] for image in table["images"]}
-        categories = {category["id"]: category["name"] for category in table["categories"]}
-        for image in table["images"]:
-            Path(image["file_name"])
-            image.update(width=int(image["width"]), height=int(image["height"]))
-        if not all(isinstance(number, int) for number in (*images, *categories)):
-            raise TypeError("an id is not a whole number")
-        for number, entry in enumerate(table.setdefault("annotations", []), 1):
-            x, y, width, height = entry["bbox"]
-            fits = entry["image_id"] in images and entry["category_id"] in categories
-            if not fits or not all(abs(value) < torch.inf for value in (x, y, width, height)):
-                raise ValueError(f"annotation number {number}: wrong image, category or bbox")
-            entry["id"] = number  # from 1: the evaluator takes a match with 0 for no match
-            entry.setdefault("area", width * height)
-            entry["iscrowd"] = int(entry.get("iscrowd") or 0)
+        table = {"annotations": [], **json.loads(content)}
+        for kind, index, entry in [(k, i, e) for k in KEYS for i, e in enumerate(table[k])]:
+            where = f"{kind}[{index}] ({entry.get('file_name', entry.get('id', 'no id'))})"
+            given = dict(width=0, height=0, iscrowd=0, area=-1)  # what may be left out
+            given.update((key, value) for key, value in entry.items() if value is not None)
+            for key in KEYS[kind]:
+                value = READ.get(key, _whole)(given[key])
+                if entry.get(key, value) != value:
+                    notes[f"{kind} whose {key} had to be converted"].append(where)
+                entry[key] = value
+            if kind == "annotations":
+                x, y, width, height = entry["bbox"]
+                round(x + y + width + height)  # an error unless all four are finite
+                for key, other in (("image_id", "images"), ("category_id", "categories")):
+                    if entry[key] not in known[other]:
+                        raise ValueError(f"{entry[key]} is not among the {other}")
+                entry["area"] = width * height if entry["area"] < 0 else entry["area"]
+                entry["id"] = index + 1  # from 1: the evaluator takes a match with 0 for no match
+            elif entry["id"] in known[kind]:
+                raise ValueError(f"{entry['id']} is that of {known[kind][entry['id']]} too")
+            known[kind][entry["id"]] = entry["called"] = where
         return COCO(table)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-        raise common.UserError(f"{path}: not COCO's instances format ({problem})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        problem = f"missing {error}" if isinstance(error, KeyError) else error
+        raise common.UserError(f"{path}: {where} {key}: {problem}; correct the file") from None
 
 
-def _images_of(folder, table, ids, skip_bad_images, workers):
-    """A split's images, with the boxes that can be trained on."""
-    images, ignored = [], 0
-    for image in table.imgs.values():
-        path, every = folder / image["file_name"], table.imgToAnns[image["id"]]
-        if not path.is_file() and not skip_bad_images:
-            raise common.UserError(f"{path}: no such image; --skip-bad-images leaves it out")
-        single = [annotation for annotation in every if not annotation["iscrowd"]]
-        boxes = torch.tensor([a["bbox"] for a in single], dtype=torch.float64).view(-1, 4)
-        boxes = torchvision.ops.box_convert(boxes, "xywh", "xyxy")
-        boxes = torchvision.ops.clip_boxes_to_image(boxes, (image["height"], image["width"]))
-        boxes = boxes.float()
-        labels = torch.tensor([ids.index(a["category_id"]) for a in single], dtype=torch.int64)
-        inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        ignored += len(every) - int(inside.sum())
-        images.append(dict(image, path=str(path), boxes=boxes[inside], labels=labels[inside]))
-    if ignored:
-        print(f"note: {folder.name}: {ignored} crowds or boxes without area are not trained on")
-    if not skip_bad_images:
-        return images
-    # A pass of its own, so that the batches are full and a resumed run counts them alike.
-    plan, good = [[(index, False)] for index in range(len(images))], []
-    decoded = common.read_in_workers(Decoder(images), workers, batch_sampler=plan)
-    for image, [content] in zip(images, decoded):
-        if isinstance(content, str):
-            print(f"note: {content}: left out", file=sys.stderr)
-        else:
-            good.append(image)
-    return good
-
-
-# Synthetic scenes in COCO's layout, to try everything without files: images of each split.
-SCENES = {"train2017": 400, "val2017": 100}
+def _read_split(root, split, skip_bad_images, keep_empty, workers):
+    """-> the annotation file, its content and index, the images that can be read, a report."""
+    names = {"train2017": ["train2017", "train"], "val2017": ["val2017", "val", "valid"]}
+    names, notes, owners = names.get(split, [split]), defaultdict(list), {}
+    files = [(root / f"annotations/instances_{name}.json", root / name) for name in names]
+    files += [(root / name / "_annotations.coco.json", root / name) for name in names]  # Roboflow's
+    path, folder = next((file for file in files if file[0].is_file()), files[0])
+    if not path.is_file():
+        raise common.UserError(f"--data-dir: no {path} (--dataset shapes needs no files)")
+    table = _read_table(path, content := path.read_bytes(), notes)
+    images = [dict(image) for image in table.imgs.values()]
+    for image in images:
+        image["path"] = file = str(_find_image(folder, image["file_name"]))
+        if (other := owners.setdefault(file, image["id"])) != image["id"]:
+            raise common.UserError(f"{path}: images {other} and {image['id']} are one file: {file}")
+    if skip_bad_images:
+        # A pass of its own, so that the batches are full and a resumed run counts them alike.
+        decoded = _decode([[(image, False)] for image in images], workers)
+        problems = [content if isinstance(content, str) else "" for [content] in decoded]
+        notes["left out, unreadable"] = [problem for problem in problems if problem]
+        images = [image for image, problem in zip(images, problems) if not problem]
+    for image in images:
+        file, size = image["path"], (image["width"], image["height"])
+        if not Path(file).is_file():
+            raise common.UserError(f"{file}: no such image; --skip-bad-images leaves it out")
+        if not all(size):
+            size = common.read_rgb(file, upright=True).size
+            image.update(width=size[0], height=size[1])
+            notes["images without width and height"].append(file)
+        every = table.imgToAnns[image["id"]]
+        whole = torch.tensor([a["bbox"] for a in every], dtype=torch.float64).view(-1, 4)
+        whole = torchvision.ops.box_convert(whole, "xywh", "xyxy")
+        boxes = torchvision.ops.clip_boxes_to_image(whole, size[::-1]).float()
+        good = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        good &= ~torch.tensor([a["iscrowd"] for a in every], dtype=torch.bool)
+        notable = {
+            "crowds or boxes without area, not trained on": ~good,
+            "boxes in 0..1, below one pixel: normalised?": good & (whole <= 1).all(1),
+            "boxes beyond their image": good & (whole - boxes > 1).any(1),
+        }
+        for what, which in notable.items():
+            notes[what] += [a["called"] for a, hit in zip(every, which.tolist()) if hit]
+        # Empty is what has no annotation: a crowd, for example, must not be learnt as background.
+        image["trained_on"] = bool(good.any()) or (keep_empty and not every)
+        labels = torch.tensor([a["category_id"] for a in every], dtype=torch.int64)
+        image.update(boxes=boxes[good], labels=labels[good])
+        if not image["trained_on"]:
+            notes["images without boxes, not trained on"].append(file)
+    if not any(len(image["labels"]) for image in images):
+        raise common.UserError(f"{path}: no image has a box")
+    return path, content, table, images, common.say_what_is_odd(split, len(images), notes)
 
 
 def draw_scenes(root: Path, size: int) -> Path:
@@ -651,9 +674,8 @@ def draw_scenes(root: Path, size: int) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as begun:
         scenes = Path(begun) / "scenes"
-        (scenes / "annotations").mkdir(parents=True)
         for seed, (split, count) in enumerate(SCENES.items()):
-            (scenes / split).mkdir()
+            (scenes / split).mkdir(parents=True)
             images, annotations = [], []
             for image_id in range(count):
                 pixels, found = _draw_scene(np.random.default_rng((seed, image_id)), size)
@@ -664,8 +686,8 @@ def draw_scenes(root: Path, size: int) -> Path:
                     entry = dict(image_id=image_id, category_id=shape + 1, bbox=box, iscrowd=0)
                     annotations.append(entry | dict(id=len(annotations) + 1, area=box[2] * box[3]))
             categories = [dict(id=k + 1, name=name) for k, name in enumerate(common.SHAPES)]
-            table = dict(images=images, annotations=annotations, categories=categories)
-            (scenes / f"annotations/instances_{split}.json").write_text(json.dumps(table))
+            table = json.dumps(dict(images=images, annotations=annotations, categories=categories))
+            common.write_whole(scenes / f"annotations/instances_{split}.json", table.encode())
         with contextlib.suppress(OSError):  # another program was faster
             scenes.rename(folder)
     return folder
@@ -686,10 +708,9 @@ def _draw_scene(rng, size):
         for _ in range(20):  # until it finds room; a full canvas stays as it is
             x, y = rng.uniform(1.2 * radius, size - 1.2 * radius, 2)
             dx, dy = axis - x, axis[:, None] - y
-            angle = np.arctan2(dy, dx) + turn
-            angle = ((angle + np.pi) * (256 / (2 * np.pi))).astype(np.int32) % 256
+            angle = (np.arctan2(dy, dx) + turn + np.pi) * (256 / (2 * np.pi))
             distance = np.hypot(dx, dy) / radius
-            whole = distance < outlines[shape][angle]
+            whole = distance < outlines[shape][angle.astype(np.int32) % 256]
             (top, *_, bottom), (left, *_, right) = (np.flatnonzero(whole.any(k)) for k in (1, 0))
             around = (slice(top, bottom + 1), slice(left, right + 1))
             if not taken[around].any():
@@ -702,6 +723,7 @@ def _draw_scene(rng, size):
     return (canvas.clip(0, 1) * 255).astype(np.uint8), found
 
 
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
 # MobileNetV2's levels as in the paper: 24, 32, 96 and 320 channels at strides 4, 8, 16 and 32.
 MOBILENET_LEVELS = {"3": "0", "6": "1", "13": "2", "17": "3"}
 COCO_WEIGHTS = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1
@@ -717,40 +739,28 @@ def build_detector(name: str, num_classes: int, args, frozen_norm: bool = False)
     norm = ops.FrozenBatchNorm2d if pretrained or frozen_norm else nn.BatchNorm2d
     net = torchvision.models.get_model(name, weights=None, norm_layer=norm)
     if pretrained:
-        weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
-        net.load_state_dict(_download(weights))
+        net.load_state_dict(_download(torchvision.models.get_model_weights(name).IMAGENET1K_V1))
     if name == "mobilenet_v2":
         body, levels, channels = net.features, MOBILENET_LEVELS, [24, 32, 96, 320]
     else:
         body, levels = net, {f"layer{k + 1}": str(k) for k in range(4)}
         channels = [net.inplanes // 8 * 2**k for k in range(4)]
-        if pretrained:  # stem and first stage stay as they are
-            for part in (net.conv1, net.bn1, net.layer1):
-                part.requires_grad_(False)
+        # A pretrained stem and first stage stay as they are.
+        nn.ModuleList([net.conv1, net.bn1, net.layer1]).requires_grad_(not pretrained)
     fpn = models.backbone_utils.BackboneWithFPN(body, levels, channels, args.fpn_width)
     sides = tuple((args.smallest_anchor * 2**k,) for k in range(5))
     anchors = models.anchor_utils.AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * 5)
     short = [args.image_size] if args.image_size else list(range(640, 801, 32))
-    detector = models.FasterRCNN(
-        fpn,
-        num_classes,
-        min_size=short,  # in training one of them at random, in a test the last
-        max_size=short[-1] * 1333 // 800,
-        rpn_anchor_generator=anchors,
-        rpn_post_nms_top_n_train=1000,
-        rpn_post_nms_top_n_test=min(1000, 2 * args.regions),
-        box_batch_size_per_image=args.regions,
-    )
+    # The short side is one of these at random in training, and the last in a test.
+    options = dict(min_size=short, max_size=short[-1] * 1333 // 800, rpn_anchor_generator=anchors)
+    options.update(box_batch_size_per_image=args.regions, rpn_post_nms_top_n_train=1000)
+    options.update(rpn_post_nms_top_n_test=min(1000, 2 * args.regions))
+    detector = models.FasterRCNN(fpn, num_classes, **options)
 
     # torchvision computes anchors and boxes in the dtype of what it is given. Under autocast that
     # would be bfloat16, whose 8 bits move them by pixels.
-    def to_float(x):  # x: a tensor, or nested sequences of them, or a dict
-        if isinstance(x, dict):
-            return {key: value.float() for key, value in x.items()}
-        return x.float() if torch.is_tensor(x) else [to_float(part) for part in x]
-
     for module in (detector.backbone, detector.rpn.head, detector.roi_heads.box_predictor):
-        module.register_forward_hook(lambda module, inputs, outputs: to_float(outputs))
+        module.register_forward_hook(lambda *parts: tree_map(torch.Tensor.float, parts[2]))
     return detector
 
 
@@ -774,6 +784,7 @@ def load_detector(name: str, num_classes: int, args, path: str | Path) -> nn.Mod
 # What decides the weights of a teacher trained here, beside what `common` knows.
 TEACHER_RECIPE = ("iterations", "smallest_anchor", "regions", "fpn_width", "pretrained_backbone")
 LOWEST_TEACHER_AP = 1.0  # of any trained detector, on its own data
+AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # what faster-coco-eval computes, in order
 _TEACHER_AP: dict = {}  # so that the runs of one command evaluate a teacher once
 
 
@@ -793,17 +804,14 @@ def load_teacher(args, data: DetectionData, distill) -> nn.Module:
         teacher = load_detector(args.teacher, data.num_classes, args, path)
     elif (args.teacher, data.classes, args.fpn_width) == ("resnet50", list(COCO_CLASSES), 256):
         teacher = build_detector("resnet50", 91, args, frozen_norm=True)
-        teacher.load_state_dict(_download(COCO_WEIGHTS))
-        for module in teacher.eval().requires_grad_(False).modules():
+        teacher.eval().requires_grad_(False).load_state_dict(_download(COCO_WEIGHTS))
+        for module in teacher.modules():
             if isinstance(module, torchvision.ops.FrozenBatchNorm2d):
                 module.eps = 0.0  # as these weights were trained
     else:
-        raise common.UserError(
-            f"--teacher {args.teacher}: torchvision has resnet50 alone, for COCO's classes and an"
-            " FPN of width 256; give --teacher-ckpt FILE or --train-teacher"
-        )
-    teacher.hash = common.state_hash(teacher)
-    teacher = teacher.to(data.device)
+        problem = "torchvision has resnet50 alone, for COCO's classes and an FPN of width 256"
+        raise common.UserError(f"{problem}; give --teacher-ckpt FILE or --train-teacher")
+    teacher.hash = common.state_hash(teacher.to(data.device))
     key = (teacher.hash, data.fingerprint, args.precision, args.image_size)
     if key not in _TEACHER_AP:
         scores, _ = evaluate_detector(teacher, data, args)
@@ -837,29 +845,10 @@ def load_roi_class_means(args, data: DetectionData, teacher: nn.Module):
     return means.to(data.device), counts.to(data.device)
 
 
-AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # what faster-coco-eval computes, in order
-
-
-def coco_ap(ground_truth: COCO, image_ids: list[int], found: list[dict]) -> tuple[dict, dict]:
-    """AP of these images in %, by AP_NAMES and by category id; None where there is nothing."""
-    evaluator = COCOeval_faster(ground_truth, ground_truth.loadRes(found), "bbox")
-    evaluator.params.imgIds = image_ids
-    evaluator.run()
-
-    def percent(value):
-        return None if value < 0 else round(100 * float(value), 3)
-
-    precision = evaluator.eval["precision"]  # [IoU, recall, class, area, detections an image]
-    by_class = [precision[:, :, k, 0, -1] for k in range(precision.shape[2])]
-    by_class = [percent(p[p > -1].mean() if (p > -1).any() else -1) for p in by_class]
-    scores = {name: percent(value) for name, value in zip(AP_NAMES, evaluator.stats)}
-    return scores, dict(zip(evaluator.params.catIds, by_class))
-
-
 @torch.no_grad()
 def evaluate_detector(model: nn.Module, data: DetectionData, args) -> tuple[dict, dict]:
-    """`coco_ap` of the model's detections on the validation split. Leaves the model in eval mode,
-    with the BatchNorm statistics of rank 0."""
+    """AP in % on the validation split, by AP_NAMES and by category id; None where there is nothing.
+    Leaves the model in eval mode, with the BatchNorm statistics of rank 0."""
     model.eval()
     common.broadcast(model.buffers())
     found = []
@@ -868,13 +857,21 @@ def evaluate_detector(model: nn.Module, data: DetectionData, args) -> tuple[dict
             results = model(images)
         for image_id, result in zip(image_ids, results):
             boxes = torchvision.ops.box_convert(result["boxes"].float(), "xyxy", "xywh").tolist()
-            scored = zip(boxes, result["labels"].tolist(), result["scores"].tolist())
-            for box, label, score in scored:
-                category = data.category_ids[label]
+            categories = [data.category_ids[label] for label in result["labels"].tolist()]
+            for box, category, score in zip(boxes, categories, result["scores"].tolist()):
                 found.append(dict(image_id=image_id, category_id=category, bbox=box, score=score))
     found = [detection for part in common.gather_objects(found) for detection in part]
-    image_ids = [image["id"] for image in data.val]
-    scores = coco_ap(data.ground_truth, image_ids, found) if common.rank() == 0 else None
+    scores = None
+    if common.rank() == 0:
+        evaluator = COCOeval_faster(data.ground_truth, data.ground_truth.loadRes(found), "bbox")
+        evaluator.params.imgIds = [image["id"] for image in data.val]
+        evaluator.run()
+        precision = evaluator.eval["precision"]  # [IoU, recall, class, area, detections an image]
+        by_class = [precision[:, :, k, 0, -1] for k in range(precision.shape[2])]
+        by_class = [p[p > -1].mean() if (p > -1).any() else -1 for p in by_class]
+        values = [*evaluator.stats[:6], *by_class]
+        values = [None if value < 0 else round(100 * float(value), 3) for value in values]
+        scores = dict(zip(AP_NAMES, values)), dict(zip(evaluator.params.catIds, values[6:]))
     return common.gather_objects(scores)[0]
 
 
@@ -903,10 +900,12 @@ def evaluate_file(args) -> None:
     device, folder = common.pick_device(args.device), Path(args.out or "predictions")
     student = load_detector(args.student, len(classes), args, args.eval).to(device)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in args.predict:
+    for number, name in enumerate(args.predict):
         image = torch.from_numpy(np.array(common.read_rgb(name))).permute(2, 0, 1)
         drawn, words = with_boxes(image, student([image.to(device).float() / 255])[0], classes)
-        path = folder / f"{Path(name).stem}-boxes.png"
+        stem = Path(name).stem
+        same = [stem == Path(other).stem for other in args.predict[:number]].count(True)
+        path = folder / (f"{stem}-boxes-{same + 1}.png" if same else f"{stem}-boxes.png")
         Image.fromarray(drawn).save(path)
         print(f"{name}: {', '.join(words) or 'nothing found'}; figure: {path}", flush=True)
 
@@ -914,19 +913,17 @@ def evaluate_file(args) -> None:
 @torch.no_grad()
 def draw_comparison(student: nn.Module, data: DetectionData, args) -> None:
     """--plot: validation images with ground truth, and detections without and with distillation."""
-    plain = Path(args.out) / "plain" / "student.pt"
-    plain = load_detector(args.student, data.num_classes, args, plain).to(data.device)
+    plain = load_detector(args.student, data.num_classes, args, f"{args.out}/plain/student.pt")
     samples = data.val[:6]
     figure, axes = common.pyplot().subplots(len(samples), 3, figsize=(12, 4 * len(samples)))
     for row, (images, targets, _) in zip(axes.reshape(-1, 3), data.batches(samples, 1)):
         image = images[0].mul(255).round().byte().cpu()
         truth = dict(targets[0], scores=torch.ones(len(targets[0]["labels"])))
-        results = {"ground truth": truth, "no distillation": plain(images)[0]}
+        results = {"ground truth": truth, "no distillation": plain.to(data.device)(images)[0]}
         results[args.method] = student.eval()(images)[0]
         for axis, (title, result) in zip(row, results.items()):
             axis.imshow(with_boxes(image, result, data.classes)[0])
-            axis.set_title(title)
-            axis.axis("off")
+            axis.set(title=title, xticks=[], yticks=[])
     common.save_figure(figure, Path(args.out) / "detections.png")
 
 
