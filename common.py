@@ -17,8 +17,6 @@ import io
 import json
 import math
 import os
-import pickle
-import platform
 import re
 import shutil
 import signal
@@ -33,7 +31,6 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from stat import S_ISREG
 from typing import NamedTuple
 
 import numpy as np
@@ -63,19 +60,15 @@ class Stopped(BaseException):
     """A signal asked the program to end."""
 
 
-class _Signals:
-    """`waiting`: a step is under way, so the signal is only noted in `pending`, not obeyed yet."""
-
-    waiting, pending = False, 0
-
-
+# waiting: a step is under way, so a signal is noted in `pending` and obeyed after the step.
+_signals = argparse.Namespace(waiting=False, pending=0)
 _STOP_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 
 
 def _on_signal(number, _frame):
-    if not _Signals.waiting:
+    if not _signals.waiting:
         raise Stopped(number)
-    _Signals.pending = _Signals.pending or number
+    _signals.pending = _signals.pending or number
 
 
 _LOST_RANK = "another rank has stopped, so all stop; --resume continues"
@@ -95,9 +88,8 @@ def run_program(main, argv: list[str] | None = None) -> int:
     """Call `main(argv)` and turn how it ends into an exit status.
 
     Returns: 0 done; 2 bad input, with one `error:` line on stderr; 1 another rank was lost;
-        128 + n ended by signal n, with everything saved.
-    """
-    _Signals.waiting, _Signals.pending, status = False, 0, 2
+        128 + n ended by signal n, with everything saved."""
+    _signals.waiting, _signals.pending, status = False, 0, 2
     for stream in (sys.stdout, sys.stderr):  # file names need not be text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -128,8 +120,10 @@ def run_program(main, argv: list[str] | None = None) -> int:
         if rank() == 0:
             print(f"\nstopped by signal {stop.args[0]}; --resume continues", file=sys.stderr)
         return 128 + stop.args[0]
-    if first_to_fail():
-        print("error: " + message.replace("\n", " "), file=sys.stderr)
+    with contextlib.suppress(dist.DistError):  # the rank that keeps the count has spoken, and gone
+        # All ranks meet the same bad input, and the first that comes here says so.
+        if world() == 1 or dist.distributed_c10d._get_default_store().add("errors", 1) == 1:
+            print("error: " + message.replace("\n", " "), file=sys.stderr)
     return status
 
 
@@ -165,12 +159,7 @@ def rank() -> int:
 @contextlib.contextmanager
 def join_ranks(argv: list[str]):
     """Join the other ranks, if torchrun started this one. In the body only rank 0 prints."""
-    names = (
-        "RANK",
-        "LOCAL_RANK",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    )  # a cluster may set WORLD_SIZE only
+    names = "RANK LOCAL_RANK MASTER_ADDR MASTER_PORT".split()  # a cluster may set WORLD_SIZE only
     if os.environ.get("WORLD_SIZE", "1") == "1" or not all(name in os.environ for name in names):
         yield
         return
@@ -188,14 +177,6 @@ def join_ranks(argv: list[str]):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             yield
     dist.destroy_process_group()  # not after an error: the other ranks might never get here
-
-
-def first_to_fail() -> bool:
-    """Whether this rank prints the error: all ranks meet the same bad input, and one says so."""
-    try:
-        return world() == 1 or dist.distributed_c10d._get_default_store().add("errors", 1) == 1
-    except dist.DistError:  # the rank that held the count has said so, and gone
-        return False
 
 
 def gather_objects(value) -> list:
@@ -730,7 +711,7 @@ def _what_is_wrong(path, error):
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else ["data.pkl"]
     if tarfile.is_tarfile(path) or not any(name.endswith("data.pkl") for name in names):
         return "an archive: unpack it, and name the checkpoint in it"
-    if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+    if "GLOBAL" in str(error):
         return "holds Python objects, which would run as code; save its state dict alone"
     return "damaged, half-written or not a checkpoint; replace it"
 
@@ -1182,8 +1163,8 @@ def read_rgb(path, upright: bool = True) -> Image.Image:
     """Any image of 8 bits as RGB; `.info["remarks"]`: what was changed. UserError: unreadable.
     upright: turned as its EXIF data says, and not as stored."""
     try:
-        if not S_ISREG(os.stat(path).st_mode):
-            raise ValueError("not a file")
+        if not Path(path).is_file():
+            raise ValueError("no such file")
         with Image.open(path) as file:
             if file.mode[0] in "IF":  # which of its values is white? convert() would clip them
                 raise ValueError("more than 8 bits a channel: convert it to 8")
@@ -1577,14 +1558,14 @@ class Run:
         last = min(self.steps, last)
         self.meter, self.saved_meter = Meter(self, self.saved_meter), None
         seed = self.args.seed * 100_003 + self.epoch  # another for every seed and epoch
-        _Signals.waiting = True
+        _signals.waiting = True
         batches = self.data.train_batches(self.args.batch_size, seed, first, last)
         for number, batch in enumerate(batches, first):
             self.step = self.epoch * self.steps + number
             self.step_seed = seed * self.steps + number
             yield batch
             late = time.monotonic() - self.last_save > 60 * self.args.save_minutes
-            save, stop = max_over_ranks(int(late), _Signals.pending)
+            save, stop = max_over_ranks(int(late), _signals.pending)
             if stop or (save and number + 1 < last):  # else end_epoch saves, after the test
                 self._save(number + 1, self.meter)
             if stop:
@@ -1658,10 +1639,10 @@ class Run:
         for name, value in self.history[-1].items() if self.board else ():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, self.epoch + 1)
-        [stop] = max_over_ranks(_Signals.pending)
+        [stop] = max_over_ranks(_signals.pending)
         if stop:
             raise Stopped(stop)
-        _Signals.waiting = False
+        _signals.waiting = False
 
     def _write_logs(self):
         if rank() == 0:
@@ -1712,7 +1693,7 @@ def environment(device) -> dict:
     on_gpu = device.type == "cuda"
     return dict(
         commit=commit,
-        versions=dict(python=platform.python_version(), **versions),
+        versions=dict(python=sys.version.split()[0], **versions),
         device=device_name(device),
         tf32=on_gpu and torch.backends.cudnn.allow_tf32,  # of convolutions, under fp32
         peak_memory_mb=torch.cuda.max_memory_allocated() // 2**20 if on_gpu else None,
