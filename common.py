@@ -1,9 +1,7 @@
 """Networks, data and the chores of a run: what a paper's methods section would not mention.
 
-Read a method script (`nd.py`) first; it calls what it needs from here as `common.something`. In
-order: errors, signals and exit codes; several ranks; the zoo of networks; networks by name;
-checkpoints; data; loading; synthetic images; files of a run; evaluation, figures and the teacher;
-the command line. Nothing in here knows any distillation loss.
+Read a method script (`nd.py`) first; it calls what it needs from here as `common.something`.
+Nothing in here knows any distillation loss. The sections: grep "^# ---" common.py
 """
 
 import argparse
@@ -11,6 +9,7 @@ import contextlib
 import datetime
 import difflib
 import errno
+import fcntl
 import hashlib
 import importlib
 import io
@@ -24,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 import warnings
 import zipfile
@@ -42,11 +40,6 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms import v2 as transforms
 
-try:
-    import fcntl
-except ImportError:  # Windows: no lock on the run's folder
-    fcntl = None
-
 # --- Errors, signals and exit codes ----------------------------------------------------------
 # A user sees one line that says what to do, never a traceback. A run that is asked to stop saves
 # everything first; files are only ever replaced whole, so that even SIGKILL loses minutes at most.
@@ -62,7 +55,7 @@ class Stopped(BaseException):
 
 # waiting: a step is under way, so a signal is noted in `pending` and obeyed after the step.
 _signals = argparse.Namespace(waiting=False, pending=0)
-_STOP_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _on_signal(number, _frame):
@@ -93,10 +86,10 @@ def run_program(main, argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # file names need not be text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    for number in _STOP_SIGNALS if in_main_thread else ():  # elsewhere Python allows none
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
-            signal.signal(number, _on_signal)
+    with contextlib.suppress(ValueError):  # Python allows no handlers outside the main thread
+        for number in _STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
+                signal.signal(number, _on_signal)
     try:
         with join_ranks(sys.argv[1:] if argv is None else argv):
             main(argv)
