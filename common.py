@@ -134,9 +134,8 @@ class Parser(argparse.ArgumentParser):
 
 # --- Several ranks, one per GPU: `torchrun --nproc_per_node=N nd.py ...` ---------------------
 # Losses between samples need the whole batch, so this is not DistributedDataParallel. Every rank
-# takes its share of the images of each batch; `Run.all_gather` brings together what losses compare,
-# so that every rank computes the loss of the whole batch; `Run.average_gradients` then combines the
-# gradients. Only rank 0 prints and writes files. One rank alone: nothing here has an effect.
+# takes its share of each batch; `Run.all_gather` brings together what losses compare, so that every
+# rank computes the loss of the whole batch; `Run.average_gradients` then combines the gradients.
 
 
 def world() -> int:
