@@ -390,8 +390,7 @@ class StageNet(ZooNet):
             _init_he(self)
 
     def features(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
-        maps, preact = [], []
+        x, maps, preact = F.relu(self.bn1(self.conv1(x))), [], []
         for i in range(self.num_stages):
             for block in getattr(self, f"layer{i + 1}"):
                 before = block(x)
@@ -410,15 +409,14 @@ class WideUnit(nn.Module):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(c_in), _conv(c_in, c_out, 3, stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(c_out), _conv(c_out, c_out, 3)
-        if c_in != c_out:
-            self.convShortcut = _conv(c_in, c_out, 1, stride)  # bare, on the activated input
-        self.same_width = c_in == c_out
+        # Without BatchNorm, and on the activated input.
+        self.convShortcut = _conv(c_in, c_out, 1, stride) if c_in != c_out else None
 
     def forward(self, x):
         normed = self.bn1(x)
         activated = F.relu(normed)
         out = self.conv2(F.relu(self.bn2(self.conv1(activated))))
-        return out + (x if self.same_width else self.convShortcut(activated)), normed
+        return out + (x if self.convShortcut is None else self.convShortcut(activated)), normed
 
 
 class WideResNet(ZooNet):
@@ -431,14 +429,12 @@ class WideResNet(ZooNet):
             stage = _stage(WideUnit, (depth - 4) // 6, c_in, width, 2 if i else 1)
             setattr(self, f"block{i + 1}", nn.ModuleDict({"layer": stage}))
             c_in = width
-        self.bn1 = nn.BatchNorm2d(c_in)
-        self.fc = nn.Linear(c_in, num_classes)
+        self.bn1, self.fc = nn.BatchNorm2d(c_in), nn.Linear(c_in, num_classes)
         _init_he(self)
         nn.init.zeros_(self.fc.bias)
 
     def features(self, x):
-        x = self.conv1(x)
-        maps, preact = [], []
+        x, maps, preact = self.conv1(x), [], []
         for stage in (self.block1, self.block2, self.block3):
             for i, unit in enumerate(stage["layer"]):
                 x, normed = unit(x)
