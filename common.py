@@ -559,8 +559,7 @@ def build_model(name: str, num_classes: int, pretrained: bool = False) -> nn.Mod
     if name not in model_names():
         raise UserError(f"unknown model '{name}'{nearest(name, model_names())}")
     if not pretrained:
-        net = torchvision.models.get_model(name, num_classes=num_classes)
-        return _with_features(net, name, num_classes)
+        return _with_features(torchvision.models.get_model(name, num_classes=num_classes), name)
     weights = torchvision.models.get_model_weights(name)
     weights = getattr(weights, "IMAGENET1K_V1", weights.DEFAULT)  # the older, as in papers
     try:
@@ -568,16 +567,15 @@ def build_model(name: str, num_classes: int, pretrained: bool = False) -> nn.Mod
             net = torchvision.models.get_model(name, weights=weights)
     except OSError as error:
         raise UserError(f"cannot download the weights of {name}: {error}") from None
-    return _with_features(net, name, num_classes)
+    if num_classes != 1000:
+        new_classifier(net, num_classes)
+    return _with_features(net, name)
 
 
-def _with_features(net, name, num_classes):
+def _with_features(net, name):
     """Give a torchvision classifier the argument `return_features`. Its feature maps are the
     outputs of `layer1..4`, else the last output at each resolution among the parts of its body."""
-    head = _head_path(net)
-    if net.get_submodule(head).out_features != num_classes:
-        new_classifier(net, num_classes)
-    stages = [n for n, _ in net.named_children() if re.fullmatch(r"layer\d", n)]
+    head, stages = _head_path(net), [n for n, _ in net.named_children() if re.match(r"layer\d", n)]
     body = [n for n in ("features", "trunk_output", "layers", "blocks") if hasattr(net, n)]
     ends = (nn.AdaptiveAvgPool2d, nn.Dropout, nn.Linear)
     parts = net.get_submodule(".".join(body)).named_children()  # with no such name: the network's
