@@ -655,9 +655,8 @@ def nearest(word: str, words: list[str]) -> str:
 
 
 # --- Checkpoints -----------------------------------------------------------------------------
-# Weights come from strangers and from stopped programs. Reading runs no code from the file, and a
-# file that is damaged or of another network is one line of error, not a traceback. Where in the
-# file the weights are, and under which prefix, is found out by trying what fits the network.
+# Reading weights runs no code from the file, and one that is damaged or of another network ends in
+# one line of error. Where in the file they are, under which prefix, is found by trying what fits.
 
 
 def read_checkpoint(path: str | Path):
@@ -703,13 +702,9 @@ def _what_is_wrong(path, error):
 
 
 def read_state_dict(path: str | Path, wanted: dict) -> dict:
-    """The state dict in a checkpoint that fits the network best, wherever it lies in the file.
-
-    Whatever comes before the names of the network's own weights, such as `module.`, is taken off.
-    Whole numbers and float64 that the network does not have are counters, and left out.
-
-    Args: wanted: the network's own state dict. Raises: UserError if the file holds no tensors.
-    """
+    """The state dict in a checkpoint that fits `wanted`, the network's own, best. What comes before
+    the names of weights, such as `module.`, is taken off; whole numbers and float64 that the
+    network does not have are counters, and left out. UserError: the file holds no tensors."""
     found, contents, seen = [], [("", read_checkpoint(path))], set()
     for where, content in contents:  # the list grows while it is read: all that is inside comes on
         if isinstance(content, (list, tuple)):
@@ -741,20 +736,16 @@ def load_weights(model: nn.Module, path: str | Path, state: dict | None = None) 
     """Load a checkpoint strictly; BatchNorm's `num_batches_tracked` may be missing. UserError: it
     does not fit, or is not finite. state: what `read_state_dict` gave before."""
     wanted = model.state_dict()
-    state = state or read_state_dict(path, wanted)
-    for key, value in wanted.items():
-        if key.endswith("num_batches_tracked"):
-            state.setdefault(key, value)
+    counters = {k: v for k, v in wanted.items() if k.endswith("num_batches_tracked")}
+    state = counters | (state or read_state_dict(path, wanted))
     for key in [*wanted, *sorted(state.keys() - wanted.keys())]:
         found, expected = (list(d[key].shape) if key in d else "absent" for d in (state, wanted))
         if found != expected:
             misfit = f"{key} is {found} there and {expected} in this network"
             raise UserError(f"{path}: another architecture or number of classes: {misfit}")
-    try:
-        finite = all(torch.isfinite(value.float()).all() for value in state.values())
-    except RuntimeError:  # sparse or quantised
-        raise UserError(f"{path}: its tensors are not plain numbers; save dense ones") from None
-    if not finite:
+    if any(value.layout != torch.strided or value.is_quantized for value in state.values()):
+        raise UserError(f"{path}: its tensors are not plain numbers; save dense ones")
+    if not all(torch.isfinite(value.float()).all() for value in state.values()):
         raise UserError(f"{path}: some of its weights are infinite or nan")
     model.load_state_dict(state)
 
