@@ -764,14 +764,12 @@ def state_hash(model: nn.Module) -> str:
 # match in speed. Everything random is drawn on the CPU from the seed of the pass: the same seed
 # gives the same batches on CPU and GPU, with any number of workers, and from any batch on.
 
-IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STATS = {  # mean and standard deviation of the training pixels, R G B, as commonly used
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
     "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
-    "imagenet": IMAGENET_STATS,
-    "folder": IMAGENET_STATS,
+    **dict.fromkeys(("imagenet", "folder"), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
     "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 }
 
@@ -783,9 +781,6 @@ class Split(NamedTuple):
 
 class Data:
     """A data set on the device. `batches` yields normalised images [B,3,S,S] and labels [B]."""
-
-    report = ""  # what is odd in the files, a line each: a run writes it beside its results
-    skip_bad_images = False
 
     def __init__(self, name, train: Split, test: Split, classes, image_size, device, workers=None):
         self.name, self.classes, self.num_classes = name, classes, len(classes)
@@ -823,16 +818,13 @@ class Data:
     def batches(
         self, split: str, batch_size, seed=None, augment=False, first=0, last=None, shared=False
     ):
-        """One pass over "train" or "test", or its batches `first` to `last` - 1.
+        """One pass over "train" or "test", or its batches `first` to `last` - 1. A shuffled pass
+        leaves out a last batch of one image (shared: of less than two per rank), since neither
+        BatchNorm nor a loss between samples is defined on it.
 
-        A shuffled pass leaves out a last batch of one image (shared: of less than two per rank),
-        since neither BatchNorm nor a loss between samples is defined on it.
-
-        Args:
-            seed: of the order and the augmentation. None: in order.
-            augment: zero padding by an eighth and a random crop, and a flip with probability 1/2.
-            shared: of every batch only this rank's part.
-        """
+        Args: seed: of the order and the augmentation (None: in order); augment: zero padding by an
+            eighth and a random crop, and a flip with probability 1/2; shared: of every batch only
+            this rank's part."""
         count, shuffled = len(getattr(self, split).labels), seed is not None
         rng = torch.Generator().manual_seed(seed or 0)
         order = torch.randperm(count, generator=rng) if shuffled else torch.arange(count)
@@ -936,16 +928,10 @@ class _Decoder:
 def read_in_workers(dataset, workers: int, **plan):
     """What a DataLoader yields, as lists. The data set makes numpy arrays, which workers send
     through pipes (tensors need shared memory); these are forked, to inherit the list of files."""
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=_ignore_signals,
-        generator=torch.Generator(),  # its own, or it would draw from the run's
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        **plan,
-    )
-    for batch in loader:
+    plan |= dict(num_workers=workers, collate_fn=list, worker_init_fn=_ignore_signals)
+    plan["generator"] = torch.Generator()  # its own, or it would draw from the run's
+    plan["multiprocessing_context"] = "fork" if workers and sys.platform == "linux" else None
+    for batch in torch.utils.data.DataLoader(dataset, **plan):
         yield [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in batch]
 
 
