@@ -982,7 +982,8 @@ def _read_data(args, device):
     train, test = _chosen(args, train, test, len(classes))
     kind = StreamedData if name == "imagenet" else Data
     data = kind(name, train, test, classes, size, device, args.workers)
-    data.report, data.skip_bad_images = report, getattr(args, "skip_bad_images", False)
+    data.report = report  # what is odd in the files, a line each: a run writes it into its folder
+    data.skip_bad_images = getattr(args, "skip_bad_images", False)
     for label, images in enumerate(train.labels.bincount(minlength=len(classes)).tolist()):
         if not images:
             raise UserError(f"--data-dir: class {classes[label]} has no readable training image")
@@ -1030,18 +1031,13 @@ def _read_torchvision(name, root, size):
             advice = f"put its official files under {root}/; --dataset shapes needs no files"
             raise UserError(f"--dataset {name}: {reason}; {advice}") from None
         pixels = torch.as_tensor(np.asarray(data.data))
-        pixels = pixels if is_cifar else pixels.permute(0, 2, 3, 1)  # [N,S,S,3]
+        pixels = pixels.permute(0, 3, 1, 2) if is_cifar else pixels  # [N,3,S,S]
+        chunks = (chunk.float() for chunk in pixels.split(1000))
+        resized = [transforms.functional.resize(x, [size, size]).round().byte() for x in chunks]
+        images = torch.cat(resized).permute(0, 2, 3, 1).contiguous()
         labels = torch.as_tensor(np.asarray(data.targets if is_cifar else data.labels))
-        splits.append(Split(_resize(pixels, size), labels.long()))
+        splits.append(Split(images, labels.long()))
     return *splits, list(getattr(data, "classes", map(str, range(10))))
-
-
-def _resize(images, size):  # [N,S,S,3] uint8
-    if images.shape[1] == size:
-        return images.contiguous()
-    chunks = (chunk.permute(0, 3, 1, 2).float() for chunk in images.split(1000))
-    resized = [transforms.functional.resize(x, [size, size]).round().byte() for x in chunks]
-    return torch.cat(resized).permute(0, 2, 3, 1).contiguous()
 
 
 def _read_folders(root, args):
@@ -1065,36 +1061,28 @@ def _read_folders(root, args):
             splits.append(Split(np.array(paths, object), labels))
         else:
             splits.append(_decoded(paths, labels, args, odd[split]))
-        report += say_what_is_odd(split, len(splits[-1].labels), odd[split])
+        kinds, count = odd[split].items(), len(splits[-1].labels)
+        said = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in kinds]
+        if said:
+            print("; ".join([f"{split}: {count:,} images", *said]), flush=True)
+        report += "".join(f"{split}: {kind}: {name}\n" for kind, names in kinds for name in names)
     return splits[0], splits[-1], classes, report
 
 
 def _files_by_class(root, odd):
     """Class -> the paths of its images, in torchvision's order. Hidden files and folders are left
     out; whatever else is no image goes into `odd`."""
-    Image.init()
-    extensions = {
-        name for name, kind in Image.registered_extensions().items() if kind in Image.OPEN
-    }
+    extensions = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     by_class = {path.name: [] for path in root.glob("[!.]*/")}
     for name, paths in by_class.items():
         for where, _, files in sorted(os.walk(root / name, followlinks=True)):
             for path in (Path(where, file) for file in sorted(files)):
-                if any(part[0] == "." for part in path.relative_to(root).parts):
-                    continue
-                if path.suffix.lower() in extensions:
+                hidden = any(part[0] == "." for part in path.relative_to(root).parts)
+                if not hidden and path.suffix.lower() in extensions:
                     paths.append(str(path))
-                else:
+                elif not hidden:
                     odd.setdefault("left out, not images", []).append(str(path))
     return by_class
-
-
-def say_what_is_odd(split: str, count: int, odd: dict[str, list[str]]) -> str:
-    """Print one line about the files of a split. Returns: all of it, a line each, for the run."""
-    kinds = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in odd.items()]
-    if kinds:
-        print("; ".join([f"{split}: {count:,} images", *kinds]), flush=True)
-    return "".join(f"{split}: {what}: {name}\n" for what, names in odd.items() for name in names)
 
 
 def _decoded(paths, labels, args, odd):
