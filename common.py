@@ -1175,14 +1175,14 @@ def draw_shapes(count: int, seed: int, size: int = 32) -> Split:
         ramp = 0.5 + 0.35 * (np.cos(turn) * axis[:, None] + np.sin(turn) * axis)
         first, second = uniform(0.1, 0.6, 1, 1, 3), uniform(0.1, 0.6, 1, 1, 3)
         canvas = first + ramp[..., None] * (second - first)
-        # Clutter: bars across the image, behind the shape and (the last) in front of it.
+        # Clutter: a bar across the image behind the shape, and one in front of it.
         bars = []
         for _ in range(2):
             turn, offset = uniform(0, np.pi, 1, 1), uniform(-0.9, 0.9, 1, 1)
             distance = np.abs(np.cos(turn) * axis[:, None] + np.sin(turn) * axis - offset)
             bars.append((distance < uniform(0.02, 0.09, 1, 1), uniform(0, 1, 1, 1, 3)))
-        for mask, colour in bars[:-1]:
-            canvas = np.where(mask[..., None], colour, canvas)
+        (mask, colour), (front, front_colour) = bars
+        canvas = np.where(mask[..., None], colour, canvas)
         # The shape, in its own turned and scaled coordinates u, v.
         radius, turn = uniform(0.45, 0.75, 1, 1), uniform(-np.pi, np.pi, 1, 1)
         y = axis[:, None] - uniform(-0.3, 0.3, 1, 1)
@@ -1194,16 +1194,13 @@ def draw_shapes(count: int, seed: int, size: int = 32) -> Split:
         inside = (rho < outlines[shape[:, None, None], bin_]) & (rho > holes[shape][:, None, None])
         # Its texture: which of two colours a pixel has.
         pitch = uniform(5, 7, 1, 1)
-        wave_u, wave_v = np.sin(pitch * u), np.sin(pitch * v)
-        kinds = np.stack([
-            np.zeros_like(inside), wave_u > 0, wave_u * wave_v > 0, wave_u + wave_v > 0.9
-        ])  # fmt: skip
+        su, sv = np.sin(pitch * u), np.sin(pitch * v)
+        kinds = np.stack([np.zeros_like(inside), su > 0, su * sv > 0, su + sv > 0.9])
         second_colour = kinds[texture, np.arange(n)]
         one, other = uniform(0.5, 1, 1, 1, 3), uniform(0, 0.3, 1, 1, 3)
         painted = np.where(second_colour[..., None], other, one)
         canvas = np.where(inside[..., None], painted, canvas)
-        mask, colour = bars[-1]
-        canvas = np.where(mask[..., None], colour, canvas)
+        canvas = np.where(front[..., None], front_colour, canvas)
         canvas += rng.standard_normal(canvas.shape, np.float32) * uniform(0.02, 0.06, 1, 1, 1)
         images[start : start + n] = (canvas.clip(0, 1) * 255).astype(np.uint8)
     return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
