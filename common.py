@@ -1240,9 +1240,8 @@ def cached(path: Path | None, made_by, compute):
     if path is None:
         return compute()
     saved = None
-    if rank() == 0 and path.is_file():
-        with contextlib.suppress(UserError):  # a damaged file is made again
-            saved = read_checkpoint(path)
+    with contextlib.suppress(UserError):  # a missing or damaged file is made anew
+        saved = read_checkpoint(path) if rank() == 0 else None
     saved = gather_objects(saved)[0]
     if isinstance(saved, dict) and saved.get("made_by") == made_by:
         return saved["value"]
@@ -1285,11 +1284,9 @@ def read_last(path: Path) -> dict:
 class TeacherCache:
     """The teacher's logits and embeddings for every batch, on disk: computed once, then read.
 
-    Methods, weights and scripts that are compared under one seed see the same batches, so that a
-    frozen teacher answers the same each time. A file holds the answers to some batches, float32,
-    after its checksum. The folder's name is a hash of everything that decides an answer, so that
-    the cache of another teacher, data set, seed or kind of machine is never read.
-    """
+    Whatever is compared under one seed sees the same batches, so that a frozen teacher answers the
+    same. A file holds the answers to some batches, float32, after its checksum. The folder's name
+    is a hash of all that decides an answer: the cache of another teacher is never read."""
 
     STEPS = 32  # whose answers are in a file; the last file of an epoch may have fewer
 
@@ -1301,38 +1298,31 @@ class TeacherCache:
         self.folder, self.path, self.device = Path(args.teacher_cache, name), None, data.device
         self.steps, self.widths = data.steps(args.batch_size), [data.num_classes, teacher.embed_dim]
         self.shape = (len(range(args.batch_size)[share(args.batch_size)]), sum(self.widths))
-        step_gb = 4e-9 * math.prod(self.shape)
         paths = {self._path(epoch, n) for epoch in range(epochs) for n in range(self.steps)}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            missing = len(paths - set(self.folder.iterdir())) / len(paths)
-            free = shutil.disk_usage(self.folder).free / 1e9
-            if missing and not os.access(self.folder, os.W_OK):
-                raise PermissionError(errno.EACCES, "cannot be written")
-        except OSError as error:
-            raise UserError(f"--teacher-cache {self.folder}: {error.strerror}") from None
-        whole = epochs * self.steps * step_gb
+        self.folder.mkdir(parents=True, exist_ok=True)
+        missing = len(paths - set(self.folder.iterdir())) / len(paths)
+        if missing and not os.access(self.folder, os.W_OK):
+            raise UserError(f"--teacher-cache {self.folder}: cannot be written")
+        free = shutil.disk_usage(self.folder).free / 1e9
+        whole = 4e-9 * epochs * self.steps * math.prod(self.shape)
         size = f"{whole:.2f} GB a rank, of which {100 * missing:.0f} % are still to compute"
         print(f"teacher cache: {self.folder}, {size}", flush=True)
         if missing * whole > free:
-            raise UserError(
-                f"--teacher-cache: the disk has {free:.2f} GB free; choose another folder"
-            )
+            raise UserError(f"--teacher-cache: the disk has {free:.2f} GB free; use another folder")
 
     def _path(self, epoch, number):
         return self.folder / f"epoch{epoch}-{number // self.STEPS}.bin"
 
     def _open(self, path, count):
         """Read the answers of `count` steps, if they are there."""
-        self.path, self.count, self.known, self.computed = path, count, False, 0
-        self.answers = torch.zeros(count, *self.shape)
+        self.path, self.missing, self.answers = path, count, torch.zeros(count, *self.shape)
         if path.exists():
             content = bytearray(path.read_bytes())
             checksum, content = content[:4], content[4:]
-            self.known = checksum == zlib.crc32(content).to_bytes(4, "big")
-            self.known &= len(content) == self.answers.nbytes
-            if self.known:
+            whole = len(content) == self.answers.nbytes
+            if whole and checksum == zlib.crc32(content).to_bytes(4, "big"):
                 self.answers = torch.frombuffer(content, dtype=torch.float32).view_as(self.answers)
+                self.missing = 0
             else:
                 print(f"note: {path} is damaged and is computed again", file=sys.stderr)
 
@@ -1342,13 +1332,13 @@ class TeacherCache:
         if path != self.path:
             self._open(path, min(self.STEPS, self.steps - number + slot))
         answer = self.answers[slot, : len(images)]
-        if self.known:
+        if not self.missing:
             logits, embedding = answer.to(self.device).split(self.widths, 1)
             return logits, Features(embedding, [], [])
         logits, features = teacher(images, return_features=True)
         answer.copy_(torch.cat([logits.float(), features.embedding.float()], 1))
-        self.computed += 1
-        if self.computed == self.count:  # not after a resume in between: a later run fills that in
+        self.missing -= 1
+        if not self.missing:  # not after a resume in between: a later run fills that in
             content = self.answers.numpy().tobytes()
             write_whole(self.path, zlib.crc32(content).to_bytes(4, "big") + content)
         return logits, features
@@ -1361,13 +1351,11 @@ class Run:
     --save-minutes and when a signal asks for a stop), `metrics.jsonl`, and at the end `result.json`
     and `student.pt`. All ranks read; rank 0 writes.
 
-    Args: args: the command line; data: what `load_data` returned; figures: names of the PNG files
-        that the script draws into the folder.
+    Args: args: the command line; data: from `load_data`; figures: PNG files that the script draws.
     Raises: UserError if --resume finds no run or a different one, or if the folder is in use.
     Attributes: dir; history: the metrics of every epoch; step, total_steps: number of this step of
         the whole run, from 0, and of all; step_seed: another for every seed and step, alike on all
-        ranks.
-    """
+        ranks."""
 
     def __init__(self, args, data, figures: tuple[str, ...] = ()):
         self.args, self.data, self.dir = args, data, Path(args.out)
@@ -1396,8 +1384,7 @@ class Run:
         self.dir.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.dir / ".lock", "w")  # its presence says that a run was started here
         try:
-            if fcntl:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:  # other errors: a file system that has no locks
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise UserError(f"--out {self.dir}: another program is at work there") from None
@@ -1409,12 +1396,9 @@ class Run:
             self.board = board.SummaryWriter(self.dir / "tensorboard", flush_secs=10)
 
     def start(self, teacher: nn.Module | None = None, **objects) -> None:
-        """Begin, or continue under --resume, with everything that the run trains or rests on.
-
-        Args: teacher: from `load_teacher`; a resumed run must have the same; objects: modules and
-            the optimizer, whose state is saved and restored, `student` among them; any other value
-            must be the same in a resumed run.
-        """
+        """Begin, or continue under --resume. teacher: from `load_teacher`; objects: modules and the
+        optimizer, whose state is saved and restored, `student` among them; any other value, and the
+        teacher, must be the same in a resumed run."""
         args, self.teacher = self.args, teacher
         teacher_hash = None if teacher is None else teacher.hash
         self.objects = objects | {"data": self.data.fingerprint, "teacher": teacher_hash}
@@ -1439,16 +1423,13 @@ class Run:
             self._save()
         if getattr(args, "compile", False):
             torch.compiler.reset()  # a resumed run must not inherit the kernels of an earlier one
-            for network in (objects["student"], teacher):
-                if network is not None:
-                    network.compile(dynamic=False)
+            for network in filter(None, (objects["student"], teacher)):
+                network.compile(dynamic=False)
 
     def _set_aside(self):
         """Move the files of an earlier run to a folder old1, old2, ...: nothing is overwritten."""
         if earlier := [name for name in self.files if (self.dir / name).exists()]:
-            taken = [
-                int(path.name[3:]) for path in self.dir.glob("old*") if path.name[3:].isdigit()
-            ]
+            taken = [int(p.name[3:]) for p in self.dir.glob("old*") if p.name[3:].isdigit()]
             aside = self.dir / f"old{max(taken, default=0) + 1}"
             aside.mkdir()
             for name in earlier:
@@ -1497,11 +1478,8 @@ class Run:
             yield epoch
 
     def batches(self):
-        """This rank's part of every batch of the epoch that is still to do.
-
-        After a step everything is saved if --save-minutes have passed or a signal came; after a
-        signal the program then stops.
-        """
+        """This rank's part of every batch of the epoch that is still to do. After a step everything
+        is saved if --save-minutes have passed or a signal came; then the program stops."""
         first, last = self.done_in_epoch, self.total_steps - self.epoch * self.steps
         last = min(self.steps, last)
         self.meter, self.saved_meter = Meter(self, self.saved_meter), None
@@ -1523,16 +1501,12 @@ class Run:
 
     @torch.no_grad()
     def ask(self, teacher: nn.Module, images: Tensor, maps: bool = False):
-        """The teacher's (logits, Features) for this batch, without gradient.
-
-        maps: whether feature maps are needed. --teacher-cache has none, so that the teacher runs.
-        """
-        if self.cache is None or maps:
-            if self.cache is not None:
-                print(
-                    "note: --teacher-cache holds no feature maps, so the teacher runs in every step"
-                )
-                self.cache = None
+        """The teacher's (logits, Features) for this batch, without gradient. maps: whether feature
+        maps are needed, which --teacher-cache does not hold."""
+        if maps and self.cache is not None:
+            print("note: --teacher-cache holds no feature maps, so the teacher runs in every step")
+            self.cache = None
+        if self.cache is None:
             return teacher(images, return_features=True)
         return self.cache.ask(teacher, images, self.epoch, self.step % self.steps)
 
@@ -1568,12 +1542,9 @@ class Run:
                 gradient.copy_(mean.view_as(gradient))
 
     def log(self, terms: dict, samples, logits: Tensor | None = None) -> None:
-        """Count one step.
-
-        Args: terms: name -> loss term, a scalar tensor (a plain number is a term that is switched
-            off: left out); samples: the step's labels [B], or its image ids (detection); logits:
-            [B,K], for the training accuracy.
-        """
+        """Count one step. terms: name -> loss term, a scalar tensor (a plain number is a term that
+        is switched off: left out); samples: the step's labels [B], or its image ids (detection);
+        logits: [B,K], for the training accuracy."""
         self.meter.add(terms, samples, logits)
 
     def end_epoch(self, **scores) -> None:
@@ -1637,15 +1608,13 @@ def environment(device) -> dict:
     commit = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    versions = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
+    versions = {"python": sys.version.split()[0]}
+    versions |= {module.__name__: module.__version__ for module in (torch, torchvision, np)}
     on_gpu = device.type == "cuda"
-    return dict(
-        commit=commit,
-        versions=dict(python=sys.version.split()[0], **versions),
-        device=device_name(device),
-        tf32=on_gpu and torch.backends.cudnn.allow_tf32,  # of convolutions, under fp32
-        peak_memory_mb=torch.cuda.max_memory_allocated() // 2**20 if on_gpu else None,
-    )
+    tf32 = on_gpu and torch.backends.cudnn.allow_tf32  # of convolutions, under fp32
+    memory = torch.cuda.max_memory_allocated() // 2**20 if on_gpu else None
+    machine = dict(device=device_name(device), tf32=tf32, peak_memory_mb=memory)
+    return dict(commit=commit, versions=versions, **machine)
 
 
 def diverged(what: str, epoch: int) -> UserError:
@@ -1657,13 +1626,12 @@ class Meter:
     """Means of the loss terms over an epoch, the progress line, and the watch for nan.
 
     A step leaves one row of values on the device. They are read together, twice a second and
-    before anything is saved, so that a GPU is rarely waited for.
-    """
+    before anything is saved, so that a GPU is rarely waited for."""
 
     def __init__(self, run, saved: dict | None):
         self.run, self.rows, self.shown = run, [], time.perf_counter()
-        empty = dict(images=0, sums=0.0, names=(), seconds=0.0, of_this_rank=False)
-        vars(self).update(saved or empty)
+        self.saved = saved or dict(images=0, sums=0.0, names=(), seconds=0.0, of_this_rank=False)
+        vars(self).update(self.saved)
         self.start = self.shown - self.seconds
         self.live = bool(sys.stdout) and sys.stdout.isatty()
 
@@ -1671,8 +1639,7 @@ class Meter:
         """What a checkpoint within an epoch needs of it."""
         self.read()
         self.seconds = time.perf_counter() - self.start
-        names = ("images", "sums", "names", "seconds", "of_this_rank")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in self.saved}
 
     @torch.no_grad()
     def add(self, terms: dict, samples, logits: Tensor | None) -> None:
