@@ -1714,12 +1714,12 @@ def flag(name: str) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: a GPU if there is one. Raises: UserError if the device is not there."""
+    """auto: a GPU if there is one. Raises: UserError if there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
     counts = dict(cpu=1, cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()))
-    if int(index or 0) >= counts[kind]:
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name) or int(index or 0) >= counts[kind]:
         raise UserError(f"--device {name}: PyTorch sees no such device; use --device cpu or auto")
     return torch.device(name if index or kind != "cuda" else f"cuda:{torch.cuda.current_device()}")
 
@@ -1738,11 +1738,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, args) -> float:
-    """Top-1 accuracy on the test split, in %.
-
-    Leaves the model in eval mode. The ranks share the images; BatchNorm's statistics, of which
-    every rank has its own, are those of rank 0.
-    """
+    """Top-1 accuracy on the test split, in %. Leaves the model in eval mode. The ranks share the
+    images; BatchNorm's statistics, of which every rank has its own, are those of rank 0."""
     model.eval()
     broadcast(model.buffers())
     correct = torch.zeros((), dtype=torch.int64, device=data.device)
@@ -1795,15 +1792,19 @@ def load_teacher(teacher: nn.Module, args, data: Data, distill) -> nn.Module:
 
     Args: teacher: from `build_for`; distill: the calling script's own function.
     Returns: the teacher on the device, in eval mode, with `.top1` (%) and `.hash` of its weights.
-    Raises: UserError if weights do not fit, are near chance, or were trained with other settings.
-    """
+    Raises: UserError if weights do not fit, are near chance or were trained with other settings."""
     path = Path(args.teacher_ckpt or f"checkpoints/{args.dataset}_{args.teacher}.pt")
     if args.pretrained_teacher and data.num_classes == 1000:
         path, teacher = "torchvision", build_for(data, args.teacher, pretrained=True)
     elif args.pretrained_teacher:
         path = _published(f"{args.dataset}_{args.teacher}")
     elif not args.teacher_ckpt:
-        teacher_checkpoint(path, _teacher_args(args), data, distill)
+        new = {k: v if k in TEACHER_KEEPS else 0.0 for k, v in vars(args).items()}
+        new |= dict(student=args.teacher, teacher=None, teacher_ckpt=None, method="teacher")
+        new |= dict(ce_weight=1.0, lr=args.teacher_lr, epochs=args.teacher_epochs)
+        new |= dict(seed=0)  # whatever the students' seeds: all of them learn from one teacher
+        new |= dict(out=f"runs/teacher-{args.dataset}-{args.teacher}", resume=False)
+        teacher_checkpoint(path, argparse.Namespace(**new), data, distill)
     if path != "torchvision":
         load_weights(teacher, path)
     teacher = teacher.to(data.device, memory_format=torch.channels_last).requires_grad_(False)
@@ -1856,56 +1857,38 @@ def near_chance(top1: float, num_classes: int) -> bool:
     return top1 < min(200 / num_classes, 100 / num_classes + 10)
 
 
-# What a teacher's training shares with its student's; all else belongs to the method and is off.
+# What a teacher's training shares with its student's; all else is off, such as the method's losses.
 TEACHER_OPTIMIZER = ["recipe", "lr", "batch_size", "momentum", "nesterov", "weight_decay"]
-TEACHER_KEEPS = (
-    """dataset data_dir image_size train_size val_size precision device workers compile
+TEACHER_KEEPS = """dataset data_dir image_size train_size val_size precision device workers compile
 script pretrained save_minutes tensorboard skip_bad_images""".split()
-    + TEACHER_OPTIMIZER
-)
+TEACHER_KEEPS += TEACHER_OPTIMIZER
 # What decides its weights, besides the data; recorded in its checkpoint.
 TEACHER_RECIPE = "student epochs seed precision image_size pretrained script".split()
 TEACHER_RECIPE += TEACHER_OPTIMIZER
 
 
-def _teacher_args(args):
-    """The arguments that train the teacher: the same recipe, every loss but cross-entropy off."""
-    new = {k: v if k in TEACHER_KEEPS else 0.0 for k, v in vars(args).items()}
-    new |= dict(student=args.teacher, teacher=None, teacher_ckpt=None, method="teacher")
-    new |= dict(ce_weight=1.0, lr=args.teacher_lr, epochs=args.teacher_epochs)
-    new |= dict(seed=0)  # whatever the students' seeds: all of them learn from one teacher
-    new |= dict(out=f"runs/teacher-{args.dataset}-{args.teacher}", resume=False)
-    return argparse.Namespace(**new)
-
-
 def teacher_checkpoint(path: Path, args, data, train, more_recipe: tuple[str, ...] = ()) -> None:
     """Make sure that `path` holds a teacher trained with `args`, by `train(args)` if there is none.
-
-    more_recipe: further names of arguments that decide the weights.
-    Raises: UserError if the file there was trained with other settings.
-    """
+    more_recipe: further names of arguments that decide the weights. UserError: the file that is
+    there was trained with other settings."""
     recipe = {name: getattr(args, name, None) for name in (*TEACHER_RECIPE, *more_recipe)}
     recipe |= {"data": data.fingerprint, "images": data.train_images}
-    if gather_objects(path.exists())[0]:
-        return _check_recipe(path, recipe)
-    print(f"teacher: no {path}; training it for {args.epochs} epochs", flush=True)
-    if rank() == 0:
-        path.parent.mkdir(exist_ok=True)
-    if not gather_objects(rank() > 0 or os.access(path.parent, os.W_OK))[0]:
-        raise UserError(f"{path.parent}/ cannot be written, where the teacher would be kept")
-    with contextlib.suppress(UserError):  # continue with a teacher that was stopped half-way
-        last = read_last(Path(args.out) / "last.pt")
-        same_data = last["state"].get("data") == data.fingerprint
-        args.resume = same_data and not _changed(last["args"], lasting(args))
-    result = train(args)
-    if rank() == 0:
-        weights = read_checkpoint(Path(args.out) / "student.pt")
-        score = result.get("student_top1", result.get("student_ap"))
-        save_whole(path, {"model": weights, "recipe": recipe, "score": score})
-    wait_for_all()
-
-
-def _check_recipe(path, recipe):
+    if not gather_objects(path.exists())[0]:
+        print(f"teacher: no {path}; training it for {args.epochs} epochs", flush=True)
+        if rank() == 0:
+            path.parent.mkdir(exist_ok=True)
+        if not gather_objects(rank() > 0 or os.access(path.parent, os.W_OK))[0]:
+            raise UserError(f"{path.parent}/ cannot be written, where the teacher would be kept")
+        with contextlib.suppress(UserError):  # continue with a teacher that was stopped half-way
+            last = read_last(Path(args.out) / "last.pt")
+            same_data = last["state"].get("data") == data.fingerprint
+            args.resume = same_data and not _changed(last["args"], lasting(args))
+        result = train(args)
+        if rank() == 0:
+            weights = read_checkpoint(Path(args.out) / "student.pt")
+            score = result.get("student_top1", result.get("student_ap"))
+            save_whole(path, {"model": weights, "recipe": recipe, "score": score})
+        wait_for_all()
     saved = read_checkpoint(path)
     saved = saved.get("recipe") if isinstance(saved, dict) else None
     saved = saved if isinstance(saved, dict) else {}
