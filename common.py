@@ -1932,13 +1932,6 @@ def file_path(text: str) -> str:
     return os.path.expanduser(text)  # after = the shell leaves ~ as it is
 
 
-def device(text: str) -> str:
-    """An argparse type: the name of a device; whether it is there is found out later."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text}: must be auto, cpu, cuda, cuda:N or mps")
-    return text
-
-
 def one_of(kind: str, names: list[str]):
     """An argparse type: one of `names`, else an error that offers the nearest."""
 
@@ -2004,17 +1997,16 @@ def fill_recipe(args, recipe: dict) -> None:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Data, teacher weights, files and hardware: what a methods section would not mention."""
-    group, count = parser.add_argument_group("data and teacher"), positive_int
-    add = group.add_argument
+    group = parser.add_argument_group("data and teacher")
+    add, count = group.add_argument, dict(type=positive_int, metavar="N")
     add("--dataset", type=one_of("data set", list(STATS)), default="cifar100", metavar="NAME",
         help=f"{', '.join(STATS)}; shapes is synthetic, without files (default: cifar100)")
     add("--data-dir", type=file_path, default="data", metavar="DIR",
         help="where the data lies or is downloaded to (default: data)")
     add("--image-size", type=number(int, 8, 4096), metavar="N",
         help="pixels (default: 32; imagenet: 224)")
-    add("--train-size", type=count, metavar="N",
-        help="train on N images, as many of each class (default: all)")
-    add("--val-size", type=count, metavar="N", help="hold N training images out and test on them,"
+    add("--train-size", **count, help="train on N images, as many of each class (default: all)")
+    add("--val-size", **count, help="hold N training images out and test on them,"
         " to choose weights without the test set (default: off)")
     one = group.add_mutually_exclusive_group().add_argument
     one("--teacher-ckpt", type=file_path, metavar="FILE", help="the teacher's weights, such as"
@@ -2041,7 +2033,7 @@ def add_file_arguments(group) -> None:
     add("--compare", action="store_true", help="train the baselines too, such as CE alone and KD")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, with losses"
         " in float32 (default: fp32; on GPUs convolutions may use TF32)")
-    add("--device", type=device, default="auto", metavar="NAME",
+    add("--device", default="auto", metavar="NAME",
         help="auto (a GPU if there is one), cpu, cuda, cuda:N or mps (default: auto)")
     add("--skip-bad-images", action="store_true", help="leave images out that cannot be read, and"
         " say which (default: stop at the first)")
@@ -2062,8 +2054,7 @@ def launch(distill, args, baselines: dict, needed: tuple[str, ...] = ()):
     Args: baselines: name -> the arguments that make it, such as {"ce": {"kd_weight": 0.0, ...}};
         needed: those that are run without --compare too, and first. All others come after the
         method, so that what does not fit the method is found at once.
-    Returns: the result of the run, or a list of them if there are several.
-    """
+    Returns: the result of the run, or a list of them if there are several."""
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # wanted by cuBLAS for that
         torch.use_deterministic_algorithms(True)
@@ -2122,11 +2113,9 @@ def summary(results: list[dict]) -> str:
     teacher = first["teacher"] or "no teacher"
     if first["teacher"]:
         teacher += f" ({first[score.replace('student', 'teacher')]:.2f})"
-    lines = [
-        f"{first['dataset']}, {first['train_images']:,} training images, {first['epochs']} epochs,"
-        f" {teacher} -> {first['student']}\n",
-        f"| method | n | {unit} | lowest, highest |\n|---|---|---|---|",
-    ]
+    data = f"{first['dataset']}, {first['train_images']:,} training images"
+    lines = [f"{data}, {first['epochs']} epochs, {teacher} -> {first['student']}\n"]
+    lines.append(f"| method | n | {unit} | lowest, highest |\n|---|---|---|---|")
     for method in dict.fromkeys(result["method"] for result in results):
         values = [result[score] for result in results if result["method"] == method]
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
