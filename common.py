@@ -17,8 +17,6 @@ import io
 import json
 import math
 import os
-import pickle
-import platform
 import re
 import shutil
 import signal
@@ -26,14 +24,12 @@ import statistics
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from stat import S_ISREG
 from typing import NamedTuple
 
 import numpy as np
@@ -63,19 +59,15 @@ class Stopped(BaseException):
     """A signal asked the program to end."""
 
 
-class _Signals:
-    """`waiting`: a step is under way, so the signal is only noted in `pending`, not obeyed yet."""
-
-    waiting, pending = False, 0
-
-
+# waiting: a step is under way, so a signal is noted in `pending` and obeyed after the step.
+_signals = argparse.Namespace(waiting=False, pending=0)
 _STOP_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 
 
 def _on_signal(number, _frame):
-    if not _Signals.waiting:
+    if not _signals.waiting:
         raise Stopped(number)
-    _Signals.pending = _Signals.pending or number
+    _signals.pending = _signals.pending or number
 
 
 _LOST_RANK = "another rank has stopped, so all stop; --resume continues"
@@ -95,16 +87,15 @@ def run_program(main, argv: list[str] | None = None) -> int:
     """Call `main(argv)` and turn how it ends into an exit status.
 
     Returns: 0 done; 2 bad input, with one `error:` line on stderr; 1 another rank was lost;
-        128 + n ended by signal n, with everything saved.
-    """
-    _Signals.waiting, _Signals.pending, status = False, 0, 2
+        128 + n ended by signal n, with everything saved."""
+    _signals.waiting, _signals.pending, status = False, 0, 2
     for stream in (sys.stdout, sys.stderr):  # file names need not be text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    for number in _STOP_SIGNALS if in_main_thread else ():  # elsewhere Python allows none
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
-            signal.signal(number, _on_signal)
+    with contextlib.suppress(ValueError):  # Python allows no handlers outside the main thread
+        for number in _STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
+                signal.signal(number, _on_signal)
     try:
         with join_ranks(sys.argv[1:] if argv is None else argv):
             main(argv)
@@ -128,8 +119,10 @@ def run_program(main, argv: list[str] | None = None) -> int:
         if rank() == 0:
             print(f"\nstopped by signal {stop.args[0]}; --resume continues", file=sys.stderr)
         return 128 + stop.args[0]
-    if first_to_fail():
-        print("error: " + message.replace("\n", " "), file=sys.stderr)
+    with contextlib.suppress(dist.DistError):  # the rank that keeps the count has spoken, and gone
+        # All ranks meet the same bad input, and the first that comes here says so.
+        if world() == 1 or dist.distributed_c10d._get_default_store().add("errors", 1) == 1:
+            print("error: " + message.replace("\n", " "), file=sys.stderr)
     return status
 
 
@@ -147,9 +140,8 @@ class Parser(argparse.ArgumentParser):
 
 # --- Several ranks, one per GPU: `torchrun --nproc_per_node=N nd.py ...` ---------------------
 # Losses between samples need the whole batch, so this is not DistributedDataParallel. Every rank
-# takes its share of the images of each batch; `Run.all_gather` brings together what losses compare,
-# so that every rank computes the loss of the whole batch; `Run.average_gradients` then combines the
-# gradients. Only rank 0 prints and writes files. One rank alone: nothing here has an effect.
+# takes its share of each batch; `Run.all_gather` brings together what losses compare, so that every
+# rank computes the loss of the whole batch; `Run.average_gradients` then combines the gradients.
 
 
 def world() -> int:
@@ -165,12 +157,7 @@ def rank() -> int:
 @contextlib.contextmanager
 def join_ranks(argv: list[str]):
     """Join the other ranks, if torchrun started this one. In the body only rank 0 prints."""
-    names = (
-        "RANK",
-        "LOCAL_RANK",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    )  # a cluster may set WORLD_SIZE only
+    names = "RANK LOCAL_RANK MASTER_ADDR MASTER_PORT".split()  # a cluster may set WORLD_SIZE only
     if os.environ.get("WORLD_SIZE", "1") == "1" or not all(name in os.environ for name in names):
         yield
         return
@@ -188,14 +175,6 @@ def join_ranks(argv: list[str]):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             yield
     dist.destroy_process_group()  # not after an error: the other ranks might never get here
-
-
-def first_to_fail() -> bool:
-    """Whether this rank prints the error: all ranks meet the same bad input, and one says so."""
-    try:
-        return world() == 1 or dist.distributed_c10d._get_default_store().add("errors", 1) == 1
-    except dist.DistError:  # the rank that held the count has said so, and gone
-        return False
 
 
 def gather_objects(value) -> list:
@@ -417,8 +396,7 @@ class StageNet(ZooNet):
             _init_he(self)
 
     def features(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
-        maps, preact = [], []
+        x, maps, preact = F.relu(self.bn1(self.conv1(x))), [], []
         for i in range(self.num_stages):
             for block in getattr(self, f"layer{i + 1}"):
                 before = block(x)
@@ -437,15 +415,14 @@ class WideUnit(nn.Module):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(c_in), _conv(c_in, c_out, 3, stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(c_out), _conv(c_out, c_out, 3)
-        if c_in != c_out:
-            self.convShortcut = _conv(c_in, c_out, 1, stride)  # bare, on the activated input
-        self.same_width = c_in == c_out
+        # Without BatchNorm, and on the activated input.
+        self.convShortcut = _conv(c_in, c_out, 1, stride) if c_in != c_out else None
 
     def forward(self, x):
         normed = self.bn1(x)
         activated = F.relu(normed)
         out = self.conv2(F.relu(self.bn2(self.conv1(activated))))
-        return out + (x if self.same_width else self.convShortcut(activated)), normed
+        return out + (x if self.convShortcut is None else self.convShortcut(activated)), normed
 
 
 class WideResNet(ZooNet):
@@ -458,14 +435,12 @@ class WideResNet(ZooNet):
             stage = _stage(WideUnit, (depth - 4) // 6, c_in, width, 2 if i else 1)
             setattr(self, f"block{i + 1}", nn.ModuleDict({"layer": stage}))
             c_in = width
-        self.bn1 = nn.BatchNorm2d(c_in)
-        self.fc = nn.Linear(c_in, num_classes)
+        self.bn1, self.fc = nn.BatchNorm2d(c_in), nn.Linear(c_in, num_classes)
         _init_he(self)
         nn.init.zeros_(self.fc.bias)
 
     def features(self, x):
-        x = self.conv1(x)
-        maps, preact = [], []
+        x, maps, preact = self.conv1(x), [], []
         for stage in (self.block1, self.block2, self.block3):
             for i, unit in enumerate(stage["layer"]):
                 x, normed = unit(x)
@@ -590,8 +565,7 @@ def build_model(name: str, num_classes: int, pretrained: bool = False) -> nn.Mod
     if name not in model_names():
         raise UserError(f"unknown model '{name}'{nearest(name, model_names())}")
     if not pretrained:
-        net = torchvision.models.get_model(name, num_classes=num_classes)
-        return _with_features(net, name, num_classes)
+        return _with_features(torchvision.models.get_model(name, num_classes=num_classes), name)
     weights = torchvision.models.get_model_weights(name)
     weights = getattr(weights, "IMAGENET1K_V1", weights.DEFAULT)  # the older, as in papers
     try:
@@ -599,16 +573,15 @@ def build_model(name: str, num_classes: int, pretrained: bool = False) -> nn.Mod
             net = torchvision.models.get_model(name, weights=weights)
     except OSError as error:
         raise UserError(f"cannot download the weights of {name}: {error}") from None
-    return _with_features(net, name, num_classes)
+    if num_classes != 1000:
+        new_classifier(net, num_classes)
+    return _with_features(net, name)
 
 
-def _with_features(net, name, num_classes):
+def _with_features(net, name):
     """Give a torchvision classifier the argument `return_features`. Its feature maps are the
     outputs of `layer1..4`, else the last output at each resolution among the parts of its body."""
-    head = _head_path(net)
-    if net.get_submodule(head).out_features != num_classes:
-        new_classifier(net, num_classes)
-    stages = [n for n, _ in net.named_children() if re.fullmatch(r"layer\d", n)]
+    head, stages = _head_path(net), [n for n, _ in net.named_children() if re.match(r"layer\d", n)]
     body = [n for n in ("features", "trunk_output", "layers", "blocks") if hasattr(net, n)]
     ends = (nn.AdaptiveAvgPool2d, nn.Dropout, nn.Linear)
     parts = net.get_submodule(".".join(body)).named_children()  # with no such name: the network's
@@ -688,9 +661,8 @@ def nearest(word: str, words: list[str]) -> str:
 
 
 # --- Checkpoints -----------------------------------------------------------------------------
-# Weights come from strangers and from stopped programs. Reading runs no code from the file, and a
-# file that is damaged or of another network is one line of error, not a traceback. Where in the
-# file the weights are, and under which prefix, is found out by trying what fits the network.
+# Reading weights runs no code from the file, and one that is damaged or of another network ends in
+# one line of error. Where in the file they are, under which prefix, is found by trying what fits.
 
 
 def read_checkpoint(path: str | Path):
@@ -730,19 +702,15 @@ def _what_is_wrong(path, error):
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else ["data.pkl"]
     if tarfile.is_tarfile(path) or not any(name.endswith("data.pkl") for name in names):
         return "an archive: unpack it, and name the checkpoint in it"
-    if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+    if "GLOBAL" in str(error):
         return "holds Python objects, which would run as code; save its state dict alone"
     return "damaged, half-written or not a checkpoint; replace it"
 
 
 def read_state_dict(path: str | Path, wanted: dict) -> dict:
-    """The state dict in a checkpoint that fits the network best, wherever it lies in the file.
-
-    Whatever comes before the names of the network's own weights, such as `module.`, is taken off.
-    Whole numbers and float64 that the network does not have are counters, and left out.
-
-    Args: wanted: the network's own state dict. Raises: UserError if the file holds no tensors.
-    """
+    """The state dict in a checkpoint that fits `wanted`, the network's own, best. What comes before
+    the names of weights, such as `module.`, is taken off; whole numbers and float64 that the
+    network does not have are counters, and left out. UserError: the file holds no tensors."""
     found, contents, seen = [], [("", read_checkpoint(path))], set()
     for where, content in contents:  # the list grows while it is read: all that is inside comes on
         if isinstance(content, (list, tuple)):
@@ -774,20 +742,16 @@ def load_weights(model: nn.Module, path: str | Path, state: dict | None = None) 
     """Load a checkpoint strictly; BatchNorm's `num_batches_tracked` may be missing. UserError: it
     does not fit, or is not finite. state: what `read_state_dict` gave before."""
     wanted = model.state_dict()
-    state = state or read_state_dict(path, wanted)
-    for key, value in wanted.items():
-        if key.endswith("num_batches_tracked"):
-            state.setdefault(key, value)
+    counters = {k: v for k, v in wanted.items() if k.endswith("num_batches_tracked")}
+    state = counters | (state or read_state_dict(path, wanted))
     for key in [*wanted, *sorted(state.keys() - wanted.keys())]:
         found, expected = (list(d[key].shape) if key in d else "absent" for d in (state, wanted))
         if found != expected:
             misfit = f"{key} is {found} there and {expected} in this network"
             raise UserError(f"{path}: another architecture or number of classes: {misfit}")
-    try:
-        finite = all(torch.isfinite(value.float()).all() for value in state.values())
-    except RuntimeError:  # sparse or quantised
-        raise UserError(f"{path}: its tensors are not plain numbers; save dense ones") from None
-    if not finite:
+    if any(value.layout != torch.strided or value.is_quantized for value in state.values()):
+        raise UserError(f"{path}: its tensors are not plain numbers; save dense ones")
+    if not all(torch.isfinite(value.float()).all() for value in state.values()):
         raise UserError(f"{path}: some of its weights are infinite or nan")
     model.load_state_dict(state)
 
@@ -806,14 +770,12 @@ def state_hash(model: nn.Module) -> str:
 # match in speed. Everything random is drawn on the CPU from the seed of the pass: the same seed
 # gives the same batches on CPU and GPU, with any number of workers, and from any batch on.
 
-IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STATS = {  # mean and standard deviation of the training pixels, R G B, as commonly used
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
     "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
-    "imagenet": IMAGENET_STATS,
-    "folder": IMAGENET_STATS,
+    **dict.fromkeys(("imagenet", "folder"), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
     "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 }
 
@@ -825,9 +787,6 @@ class Split(NamedTuple):
 
 class Data:
     """A data set on the device. `batches` yields normalised images [B,3,S,S] and labels [B]."""
-
-    report = ""  # what is odd in the files, a line each: a run writes it beside its results
-    skip_bad_images = False
 
     def __init__(self, name, train: Split, test: Split, classes, image_size, device, workers=None):
         self.name, self.classes, self.num_classes = name, classes, len(classes)
@@ -865,16 +824,13 @@ class Data:
     def batches(
         self, split: str, batch_size, seed=None, augment=False, first=0, last=None, shared=False
     ):
-        """One pass over "train" or "test", or its batches `first` to `last` - 1.
+        """One pass over "train" or "test", or its batches `first` to `last` - 1. A shuffled pass
+        leaves out a last batch of one image (shared: of less than two per rank), since neither
+        BatchNorm nor a loss between samples is defined on it.
 
-        A shuffled pass leaves out a last batch of one image (shared: of less than two per rank),
-        since neither BatchNorm nor a loss between samples is defined on it.
-
-        Args:
-            seed: of the order and the augmentation. None: in order.
-            augment: zero padding by an eighth and a random crop, and a flip with probability 1/2.
-            shared: of every batch only this rank's part.
-        """
+        Args: seed: of the order and the augmentation (None: in order); augment: zero padding by an
+            eighth and a random crop, and a flip with probability 1/2; shared: of every batch only
+            this rank's part."""
         count, shuffled = len(getattr(self, split).labels), seed is not None
         rng = torch.Generator().manual_seed(seed or 0)
         order = torch.randperm(count, generator=rng) if shuffled else torch.arange(count)
@@ -978,16 +934,10 @@ class _Decoder:
 def read_in_workers(dataset, workers: int, **plan):
     """What a DataLoader yields, as lists. The data set makes numpy arrays, which workers send
     through pipes (tensors need shared memory); these are forked, to inherit the list of files."""
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=_ignore_signals,
-        generator=torch.Generator(),  # its own, or it would draw from the run's
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        **plan,
-    )
-    for batch in loader:
+    plan |= dict(num_workers=workers, collate_fn=list, worker_init_fn=_ignore_signals)
+    plan["generator"] = torch.Generator()  # its own, or it would draw from the run's
+    plan["multiprocessing_context"] = "fork" if workers and sys.platform == "linux" else None
+    for batch in torch.utils.data.DataLoader(dataset, **plan):
         yield [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in batch]
 
 
@@ -1038,7 +988,8 @@ def _read_data(args, device):
     train, test = _chosen(args, train, test, len(classes))
     kind = StreamedData if name == "imagenet" else Data
     data = kind(name, train, test, classes, size, device, args.workers)
-    data.report, data.skip_bad_images = report, getattr(args, "skip_bad_images", False)
+    data.report = report  # what is odd in the files, a line each: a run writes it into its folder
+    data.skip_bad_images = getattr(args, "skip_bad_images", False)
     for label, images in enumerate(train.labels.bincount(minlength=len(classes)).tolist()):
         if not images:
             raise UserError(f"--data-dir: class {classes[label]} has no readable training image")
@@ -1086,18 +1037,13 @@ def _read_torchvision(name, root, size):
             advice = f"put its official files under {root}/; --dataset shapes needs no files"
             raise UserError(f"--dataset {name}: {reason}; {advice}") from None
         pixels = torch.as_tensor(np.asarray(data.data))
-        pixels = pixels if is_cifar else pixels.permute(0, 2, 3, 1)  # [N,S,S,3]
+        pixels = pixels.permute(0, 3, 1, 2) if is_cifar else pixels  # [N,3,S,S]
+        chunks = (chunk.float() for chunk in pixels.split(1000))
+        resized = [transforms.functional.resize(x, [size, size]).round().byte() for x in chunks]
+        images = torch.cat(resized).permute(0, 2, 3, 1).contiguous()
         labels = torch.as_tensor(np.asarray(data.targets if is_cifar else data.labels))
-        splits.append(Split(_resize(pixels, size), labels.long()))
+        splits.append(Split(images, labels.long()))
     return *splits, list(getattr(data, "classes", map(str, range(10))))
-
-
-def _resize(images, size):  # [N,S,S,3] uint8
-    if images.shape[1] == size:
-        return images.contiguous()
-    chunks = (chunk.permute(0, 3, 1, 2).float() for chunk in images.split(1000))
-    resized = [transforms.functional.resize(x, [size, size]).round().byte() for x in chunks]
-    return torch.cat(resized).permute(0, 2, 3, 1).contiguous()
 
 
 def _read_folders(root, args):
@@ -1128,19 +1074,15 @@ def _read_folders(root, args):
 def _files_by_class(root, odd):
     """Class -> the paths of its images, in torchvision's order. Hidden files and folders are left
     out; whatever else is no image goes into `odd`."""
-    Image.init()
-    extensions = {
-        name for name, kind in Image.registered_extensions().items() if kind in Image.OPEN
-    }
+    extensions = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     by_class = {path.name: [] for path in root.glob("[!.]*/")}
     for name, paths in by_class.items():
         for where, _, files in sorted(os.walk(root / name, followlinks=True)):
             for path in (Path(where, file) for file in sorted(files)):
-                if any(part[0] == "." for part in path.relative_to(root).parts):
-                    continue
-                if path.suffix.lower() in extensions:
+                hidden = any(part[0] == "." for part in path.relative_to(root).parts)
+                if not hidden and path.suffix.lower() in extensions:
                     paths.append(str(path))
-                else:
+                elif not hidden:
                     odd.setdefault("left out, not images", []).append(str(path))
     return by_class
 
@@ -1183,8 +1125,8 @@ def read_rgb(path, upright: bool = True) -> Image.Image:
     """Any image of 8 bits as RGB; `.info["remarks"]`: what was changed. UserError: unreadable.
     upright: turned as its EXIF data says, and not as stored."""
     try:
-        if not S_ISREG(os.stat(path).st_mode):
-            raise ValueError("not a file")
+        if not Path(path).is_file():
+            raise ValueError("no such file")
         with Image.open(path) as file:
             if file.mode[0] in "IF":  # which of its values is white? convert() would clip them
                 raise ValueError("more than 8 bits a channel: convert it to 8")
@@ -1244,14 +1186,14 @@ def draw_shapes(count: int, seed: int, size: int = 32) -> Split:
         ramp = 0.5 + 0.35 * (np.cos(turn) * axis[:, None] + np.sin(turn) * axis)
         first, second = uniform(0.1, 0.6, 1, 1, 3), uniform(0.1, 0.6, 1, 1, 3)
         canvas = first + ramp[..., None] * (second - first)
-        # Clutter: bars across the image, behind the shape and (the last) in front of it.
+        # Clutter: a bar across the image behind the shape, and one in front of it.
         bars = []
         for _ in range(2):
             turn, offset = uniform(0, np.pi, 1, 1), uniform(-0.9, 0.9, 1, 1)
             distance = np.abs(np.cos(turn) * axis[:, None] + np.sin(turn) * axis - offset)
             bars.append((distance < uniform(0.02, 0.09, 1, 1), uniform(0, 1, 1, 1, 3)))
-        for mask, colour in bars[:-1]:
-            canvas = np.where(mask[..., None], colour, canvas)
+        (mask, colour), (front, front_colour) = bars
+        canvas = np.where(mask[..., None], colour, canvas)
         # The shape, in its own turned and scaled coordinates u, v.
         radius, turn = uniform(0.45, 0.75, 1, 1), uniform(-np.pi, np.pi, 1, 1)
         y = axis[:, None] - uniform(-0.3, 0.3, 1, 1)
@@ -1263,16 +1205,13 @@ def draw_shapes(count: int, seed: int, size: int = 32) -> Split:
         inside = (rho < outlines[shape[:, None, None], bin_]) & (rho > holes[shape][:, None, None])
         # Its texture: which of two colours a pixel has.
         pitch = uniform(5, 7, 1, 1)
-        wave_u, wave_v = np.sin(pitch * u), np.sin(pitch * v)
-        kinds = np.stack([
-            np.zeros_like(inside), wave_u > 0, wave_u * wave_v > 0, wave_u + wave_v > 0.9
-        ])  # fmt: skip
+        su, sv = np.sin(pitch * u), np.sin(pitch * v)
+        kinds = np.stack([np.zeros_like(inside), su > 0, su * sv > 0, su + sv > 0.9])
         second_colour = kinds[texture, np.arange(n)]
         one, other = uniform(0.5, 1, 1, 1, 3), uniform(0, 0.3, 1, 1, 3)
         painted = np.where(second_colour[..., None], other, one)
         canvas = np.where(inside[..., None], painted, canvas)
-        mask, colour = bars[-1]
-        canvas = np.where(mask[..., None], colour, canvas)
+        canvas = np.where(front[..., None], front_colour, canvas)
         canvas += rng.standard_normal(canvas.shape, np.float32) * uniform(0.02, 0.06, 1, 1, 1)
         images[start : start + n] = (canvas.clip(0, 1) * 255).astype(np.uint8)
     return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
@@ -1312,9 +1251,8 @@ def cached(path: Path | None, made_by, compute):
     if path is None:
         return compute()
     saved = None
-    if rank() == 0 and path.is_file():
-        with contextlib.suppress(UserError):  # a damaged file is made again
-            saved = read_checkpoint(path)
+    with contextlib.suppress(UserError):  # a missing or damaged file is made anew
+        saved = read_checkpoint(path) if rank() == 0 else None
     saved = gather_objects(saved)[0]
     if isinstance(saved, dict) and saved.get("made_by") == made_by:
         return saved["value"]
@@ -1357,11 +1295,9 @@ def read_last(path: Path) -> dict:
 class TeacherCache:
     """The teacher's logits and embeddings for every batch, on disk: computed once, then read.
 
-    Methods, weights and scripts that are compared under one seed see the same batches, so that a
-    frozen teacher answers the same each time. A file holds the answers to some batches, float32,
-    after its checksum. The folder's name is a hash of everything that decides an answer, so that
-    the cache of another teacher, data set, seed or kind of machine is never read.
-    """
+    Whatever is compared under one seed sees the same batches, so that a frozen teacher answers the
+    same. A file holds the answers to some batches, float32, after its checksum. The folder's name
+    is a hash of all that decides an answer: the cache of another teacher is never read."""
 
     STEPS = 32  # whose answers are in a file; the last file of an epoch may have fewer
 
@@ -1373,38 +1309,31 @@ class TeacherCache:
         self.folder, self.path, self.device = Path(args.teacher_cache, name), None, data.device
         self.steps, self.widths = data.steps(args.batch_size), [data.num_classes, teacher.embed_dim]
         self.shape = (len(range(args.batch_size)[share(args.batch_size)]), sum(self.widths))
-        step_gb = 4e-9 * math.prod(self.shape)
         paths = {self._path(epoch, n) for epoch in range(epochs) for n in range(self.steps)}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            missing = len(paths - set(self.folder.iterdir())) / len(paths)
-            free = shutil.disk_usage(self.folder).free / 1e9
-            if missing and not os.access(self.folder, os.W_OK):
-                raise PermissionError(errno.EACCES, "cannot be written")
-        except OSError as error:
-            raise UserError(f"--teacher-cache {self.folder}: {error.strerror}") from None
-        whole = epochs * self.steps * step_gb
+        self.folder.mkdir(parents=True, exist_ok=True)
+        missing = len(paths - set(self.folder.iterdir())) / len(paths)
+        if missing and not os.access(self.folder, os.W_OK):
+            raise UserError(f"--teacher-cache {self.folder}: cannot be written")
+        free = shutil.disk_usage(self.folder).free / 1e9
+        whole = 4e-9 * epochs * self.steps * math.prod(self.shape)
         size = f"{whole:.2f} GB a rank, of which {100 * missing:.0f} % are still to compute"
         print(f"teacher cache: {self.folder}, {size}", flush=True)
         if missing * whole > free:
-            raise UserError(
-                f"--teacher-cache: the disk has {free:.2f} GB free; choose another folder"
-            )
+            raise UserError(f"--teacher-cache: the disk has {free:.2f} GB free; use another folder")
 
     def _path(self, epoch, number):
         return self.folder / f"epoch{epoch}-{number // self.STEPS}.bin"
 
     def _open(self, path, count):
         """Read the answers of `count` steps, if they are there."""
-        self.path, self.count, self.known, self.computed = path, count, False, 0
-        self.answers = torch.zeros(count, *self.shape)
+        self.path, self.missing, self.answers = path, count, torch.zeros(count, *self.shape)
         if path.exists():
             content = bytearray(path.read_bytes())
             checksum, content = content[:4], content[4:]
-            self.known = checksum == zlib.crc32(content).to_bytes(4, "big")
-            self.known &= len(content) == self.answers.nbytes
-            if self.known:
+            whole = len(content) == self.answers.nbytes
+            if whole and checksum == zlib.crc32(content).to_bytes(4, "big"):
                 self.answers = torch.frombuffer(content, dtype=torch.float32).view_as(self.answers)
+                self.missing = 0
             else:
                 print(f"note: {path} is damaged and is computed again", file=sys.stderr)
 
@@ -1414,13 +1343,13 @@ class TeacherCache:
         if path != self.path:
             self._open(path, min(self.STEPS, self.steps - number + slot))
         answer = self.answers[slot, : len(images)]
-        if self.known:
+        if not self.missing:
             logits, embedding = answer.to(self.device).split(self.widths, 1)
             return logits, Features(embedding, [], [])
         logits, features = teacher(images, return_features=True)
         answer.copy_(torch.cat([logits.float(), features.embedding.float()], 1))
-        self.computed += 1
-        if self.computed == self.count:  # not after a resume in between: a later run fills that in
+        self.missing -= 1
+        if not self.missing:  # not after a resume in between: a later run fills that in
             content = self.answers.numpy().tobytes()
             write_whole(self.path, zlib.crc32(content).to_bytes(4, "big") + content)
         return logits, features
@@ -1433,13 +1362,11 @@ class Run:
     --save-minutes and when a signal asks for a stop), `metrics.jsonl`, and at the end `result.json`
     and `student.pt`. All ranks read; rank 0 writes.
 
-    Args: args: the command line; data: what `load_data` returned; figures: names of the PNG files
-        that the script draws into the folder.
+    Args: args: the command line; data: from `load_data`; figures: PNG files that the script draws.
     Raises: UserError if --resume finds no run or a different one, or if the folder is in use.
     Attributes: dir; history: the metrics of every epoch; step, total_steps: number of this step of
         the whole run, from 0, and of all; step_seed: another for every seed and step, alike on all
-        ranks.
-    """
+        ranks."""
 
     def __init__(self, args, data, figures: tuple[str, ...] = ()):
         self.args, self.data, self.dir = args, data, Path(args.out)
@@ -1481,12 +1408,9 @@ class Run:
             self.board = board.SummaryWriter(self.dir / "tensorboard", flush_secs=10)
 
     def start(self, teacher: nn.Module | None = None, **objects) -> None:
-        """Begin, or continue under --resume, with everything that the run trains or rests on.
-
-        Args: teacher: from `load_teacher`; a resumed run must have the same; objects: modules and
-            the optimizer, whose state is saved and restored, `student` among them; any other value
-            must be the same in a resumed run.
-        """
+        """Begin, or continue under --resume. teacher: from `load_teacher`; objects: modules and the
+        optimizer, whose state is saved and restored, `student` among them; any other value, and the
+        teacher, must be the same in a resumed run."""
         args, self.teacher = self.args, teacher
         teacher_hash = None if teacher is None else teacher.hash
         self.objects = objects | {"data": self.data.fingerprint, "teacher": teacher_hash}
@@ -1511,16 +1435,13 @@ class Run:
             self._save()
         if getattr(args, "compile", False):
             torch.compiler.reset()  # a resumed run must not inherit the kernels of an earlier one
-            for network in (objects["student"], teacher):
-                if network is not None:
-                    network.compile(dynamic=False)
+            for network in filter(None, (objects["student"], teacher)):
+                network.compile(dynamic=False)
 
     def _set_aside(self):
         """Move the files of an earlier run to a folder old1, old2, ...: nothing is overwritten."""
         if earlier := [name for name in self.files if (self.dir / name).exists()]:
-            taken = [
-                int(path.name[3:]) for path in self.dir.glob("old*") if path.name[3:].isdigit()
-            ]
+            taken = [int(p.name[3:]) for p in self.dir.glob("old*") if p.name[3:].isdigit()]
             aside = self.dir / f"old{max(taken, default=0) + 1}"
             aside.mkdir()
             for name in earlier:
@@ -1569,23 +1490,20 @@ class Run:
             yield epoch
 
     def batches(self):
-        """This rank's part of every batch of the epoch that is still to do.
-
-        After a step everything is saved if --save-minutes have passed or a signal came; after a
-        signal the program then stops.
-        """
+        """This rank's part of every batch of the epoch that is still to do. After a step everything
+        is saved if --save-minutes have passed or a signal came; then the program stops."""
         first, last = self.done_in_epoch, self.total_steps - self.epoch * self.steps
         last = min(self.steps, last)
         self.meter, self.saved_meter = Meter(self, self.saved_meter), None
         seed = self.args.seed * 100_003 + self.epoch  # another for every seed and epoch
-        _Signals.waiting = True
+        _signals.waiting = True
         batches = self.data.train_batches(self.args.batch_size, seed, first, last)
         for number, batch in enumerate(batches, first):
             self.step = self.epoch * self.steps + number
             self.step_seed = seed * self.steps + number
             yield batch
             late = time.monotonic() - self.last_save > 60 * self.args.save_minutes
-            save, stop = max_over_ranks(int(late), _Signals.pending)
+            save, stop = max_over_ranks(int(late), _signals.pending)
             if stop or (save and number + 1 < last):  # else end_epoch saves, after the test
                 self._save(number + 1, self.meter)
             if stop:
@@ -1595,16 +1513,12 @@ class Run:
 
     @torch.no_grad()
     def ask(self, teacher: nn.Module, images: Tensor, maps: bool = False):
-        """The teacher's (logits, Features) for this batch, without gradient.
-
-        maps: whether feature maps are needed. --teacher-cache has none, so that the teacher runs.
-        """
-        if self.cache is None or maps:
-            if self.cache is not None:
-                print(
-                    "note: --teacher-cache holds no feature maps, so the teacher runs in every step"
-                )
-                self.cache = None
+        """The teacher's (logits, Features) for this batch, without gradient. maps: whether feature
+        maps are needed, which --teacher-cache does not hold."""
+        if maps and self.cache is not None:
+            print("note: --teacher-cache holds no feature maps, so the teacher runs in every step")
+            self.cache = None
+        if self.cache is None:
             return teacher(images, return_features=True)
         return self.cache.ask(teacher, images, self.epoch, self.step % self.steps)
 
@@ -1640,12 +1554,9 @@ class Run:
                 gradient.copy_(mean.view_as(gradient))
 
     def log(self, terms: dict, samples, logits: Tensor | None = None) -> None:
-        """Count one step.
-
-        Args: terms: name -> loss term, a scalar tensor (a plain number is a term that is switched
-            off: left out); samples: the step's labels [B], or its image ids (detection); logits:
-            [B,K], for the training accuracy.
-        """
+        """Count one step. terms: name -> loss term, a scalar tensor (a plain number is a term that
+        is switched off: left out); samples: the step's labels [B], or its image ids (detection);
+        logits: [B,K], for the training accuracy."""
         self.meter.add(terms, samples, logits)
 
     def end_epoch(self, **scores) -> None:
@@ -1659,10 +1570,10 @@ class Run:
         for name, value in self.history[-1].items() if self.board else ():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, self.epoch + 1)
-        [stop] = max_over_ranks(_Signals.pending)
+        [stop] = max_over_ranks(_signals.pending)
         if stop:
             raise Stopped(stop)
-        _Signals.waiting = False
+        _signals.waiting = False
 
     def _write_logs(self):
         if rank() == 0:
@@ -1709,15 +1620,13 @@ def environment(device) -> dict:
     commit = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    versions = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
+    versions = {"python": sys.version.split()[0]}
+    versions |= {module.__name__: module.__version__ for module in (torch, torchvision, np)}
     on_gpu = device.type == "cuda"
-    return dict(
-        commit=commit,
-        versions=dict(python=platform.python_version(), **versions),
-        device=device_name(device),
-        tf32=on_gpu and torch.backends.cudnn.allow_tf32,  # of convolutions, under fp32
-        peak_memory_mb=torch.cuda.max_memory_allocated() // 2**20 if on_gpu else None,
-    )
+    tf32 = on_gpu and torch.backends.cudnn.allow_tf32  # of convolutions, under fp32
+    memory = torch.cuda.max_memory_allocated() // 2**20 if on_gpu else None
+    machine = dict(device=device_name(device), tf32=tf32, peak_memory_mb=memory)
+    return dict(commit=commit, versions=versions, **machine)
 
 
 def diverged(what: str, epoch: int) -> UserError:
@@ -1729,13 +1638,12 @@ class Meter:
     """Means of the loss terms over an epoch, the progress line, and the watch for nan.
 
     A step leaves one row of values on the device. They are read together, twice a second and
-    before anything is saved, so that a GPU is rarely waited for.
-    """
+    before anything is saved, so that a GPU is rarely waited for."""
 
     def __init__(self, run, saved: dict | None):
         self.run, self.rows, self.shown = run, [], time.perf_counter()
-        empty = dict(images=0, sums=0.0, names=(), seconds=0.0, of_this_rank=False)
-        vars(self).update(saved or empty)
+        self.saved = saved or dict(images=0, sums=0.0, names=(), seconds=0.0, of_this_rank=False)
+        vars(self).update(self.saved)
         self.start = self.shown - self.seconds
         self.live = bool(sys.stdout) and sys.stdout.isatty()
 
@@ -1743,8 +1651,7 @@ class Meter:
         """What a checkpoint within an epoch needs of it."""
         self.read()
         self.seconds = time.perf_counter() - self.start
-        names = ("images", "sums", "names", "seconds", "of_this_rank")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in self.saved}
 
     @torch.no_grad()
     def add(self, terms: dict, samples, logits: Tensor | None) -> None:
@@ -1819,12 +1726,12 @@ def flag(name: str) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: a GPU if there is one. Raises: UserError if the device is not there."""
+    """auto: a GPU if there is one. Raises: UserError if there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
     counts = dict(cpu=1, cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()))
-    if int(index or 0) >= counts[kind]:
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name) or int(index or 0) >= counts[kind]:
         raise UserError(f"--device {name}: PyTorch sees no such device; use --device cpu or auto")
     return torch.device(name if index or kind != "cuda" else f"cuda:{torch.cuda.current_device()}")
 
@@ -1843,11 +1750,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, args) -> float:
-    """Top-1 accuracy on the test split, in %.
-
-    Leaves the model in eval mode. The ranks share the images; BatchNorm's statistics, of which
-    every rank has its own, are those of rank 0.
-    """
+    """Top-1 accuracy on the test split, in %. Leaves the model in eval mode. The ranks share the
+    images; BatchNorm's statistics, of which every rank has its own, are those of rank 0."""
     model.eval()
     broadcast(model.buffers())
     correct = torch.zeros((), dtype=torch.int64, device=data.device)
@@ -1900,15 +1804,19 @@ def load_teacher(teacher: nn.Module, args, data: Data, distill) -> nn.Module:
 
     Args: teacher: from `build_for`; distill: the calling script's own function.
     Returns: the teacher on the device, in eval mode, with `.top1` (%) and `.hash` of its weights.
-    Raises: UserError if weights do not fit, are near chance, or were trained with other settings.
-    """
+    Raises: UserError if weights do not fit, are near chance or were trained with other settings."""
     path = Path(args.teacher_ckpt or f"checkpoints/{args.dataset}_{args.teacher}.pt")
     if args.pretrained_teacher and data.num_classes == 1000:
         path, teacher = "torchvision", build_for(data, args.teacher, pretrained=True)
     elif args.pretrained_teacher:
         path = _published(f"{args.dataset}_{args.teacher}")
     elif not args.teacher_ckpt:
-        teacher_checkpoint(path, _teacher_args(args), data, distill)
+        new = {k: v if k in TEACHER_KEEPS else 0.0 for k, v in vars(args).items()}
+        new |= dict(student=args.teacher, teacher=None, teacher_ckpt=None, method="teacher")
+        new |= dict(ce_weight=1.0, lr=args.teacher_lr, epochs=args.teacher_epochs)
+        new |= dict(seed=0)  # whatever the students' seeds: all of them learn from one teacher
+        new |= dict(out=f"runs/teacher-{args.dataset}-{args.teacher}", resume=False)
+        teacher_checkpoint(path, argparse.Namespace(**new), data, distill)
     if path != "torchvision":
         load_weights(teacher, path)
     teacher = teacher.to(data.device, memory_format=torch.channels_last).requires_grad_(False)
@@ -1961,56 +1869,38 @@ def near_chance(top1: float, num_classes: int) -> bool:
     return top1 < min(200 / num_classes, 100 / num_classes + 10)
 
 
-# What a teacher's training shares with its student's; all else belongs to the method and is off.
+# What a teacher's training shares with its student's; all else is off, such as the method's losses.
 TEACHER_OPTIMIZER = ["recipe", "lr", "batch_size", "momentum", "nesterov", "weight_decay"]
-TEACHER_KEEPS = (
-    """dataset data_dir image_size train_size val_size precision device workers compile
+TEACHER_KEEPS = """dataset data_dir image_size train_size val_size precision device workers compile
 script pretrained save_minutes tensorboard skip_bad_images""".split()
-    + TEACHER_OPTIMIZER
-)
+TEACHER_KEEPS += TEACHER_OPTIMIZER
 # What decides its weights, besides the data; recorded in its checkpoint.
 TEACHER_RECIPE = "student epochs seed precision image_size pretrained script".split()
 TEACHER_RECIPE += TEACHER_OPTIMIZER
 
 
-def _teacher_args(args):
-    """The arguments that train the teacher: the same recipe, every loss but cross-entropy off."""
-    new = {k: v if k in TEACHER_KEEPS else 0.0 for k, v in vars(args).items()}
-    new |= dict(student=args.teacher, teacher=None, teacher_ckpt=None, method="teacher")
-    new |= dict(ce_weight=1.0, lr=args.teacher_lr, epochs=args.teacher_epochs)
-    new |= dict(seed=0)  # whatever the students' seeds: all of them learn from one teacher
-    new |= dict(out=f"runs/teacher-{args.dataset}-{args.teacher}", resume=False)
-    return argparse.Namespace(**new)
-
-
 def teacher_checkpoint(path: Path, args, data, train, more_recipe: tuple[str, ...] = ()) -> None:
     """Make sure that `path` holds a teacher trained with `args`, by `train(args)` if there is none.
-
-    more_recipe: further names of arguments that decide the weights.
-    Raises: UserError if the file there was trained with other settings.
-    """
+    more_recipe: further names of arguments that decide the weights. UserError: the file that is
+    there was trained with other settings."""
     recipe = {name: getattr(args, name, None) for name in (*TEACHER_RECIPE, *more_recipe)}
     recipe |= {"data": data.fingerprint, "images": data.train_images}
-    if gather_objects(path.exists())[0]:
-        return _check_recipe(path, recipe)
-    print(f"teacher: no {path}; training it for {args.epochs} epochs", flush=True)
-    if rank() == 0:
-        path.parent.mkdir(exist_ok=True)
-    if not gather_objects(rank() > 0 or os.access(path.parent, os.W_OK))[0]:
-        raise UserError(f"{path.parent}/ cannot be written, where the teacher would be kept")
-    with contextlib.suppress(UserError):  # continue with a teacher that was stopped half-way
-        last = read_last(Path(args.out) / "last.pt")
-        same_data = last["state"].get("data") == data.fingerprint
-        args.resume = same_data and not _changed(last["args"], lasting(args))
-    result = train(args)
-    if rank() == 0:
-        weights = read_checkpoint(Path(args.out) / "student.pt")
-        score = result.get("student_top1", result.get("student_ap"))
-        save_whole(path, {"model": weights, "recipe": recipe, "score": score})
-    wait_for_all()
-
-
-def _check_recipe(path, recipe):
+    if not gather_objects(path.exists())[0]:
+        print(f"teacher: no {path}; training it for {args.epochs} epochs", flush=True)
+        if rank() == 0:
+            path.parent.mkdir(exist_ok=True)
+        if not gather_objects(rank() > 0 or os.access(path.parent, os.W_OK))[0]:
+            raise UserError(f"{path.parent}/ cannot be written, where the teacher would be kept")
+        with contextlib.suppress(UserError):  # continue with a teacher that was stopped half-way
+            last = read_last(Path(args.out) / "last.pt")
+            same_data = last["state"].get("data") == data.fingerprint
+            args.resume = same_data and not _changed(last["args"], lasting(args))
+        result = train(args)
+        if rank() == 0:
+            weights = read_checkpoint(Path(args.out) / "student.pt")
+            score = result.get("student_top1", result.get("student_ap"))
+            save_whole(path, {"model": weights, "recipe": recipe, "score": score})
+        wait_for_all()
     saved = read_checkpoint(path)
     saved = saved.get("recipe") if isinstance(saved, dict) else None
     saved = saved if isinstance(saved, dict) else {}
@@ -2052,13 +1942,6 @@ def file_path(text: str) -> str:
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("must name a file or folder")
     return os.path.expanduser(text)  # after = the shell leaves ~ as it is
-
-
-def device(text: str) -> str:
-    """An argparse type: the name of a device; whether it is there is found out later."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text}: must be auto, cpu, cuda, cuda:N or mps")
-    return text
 
 
 def one_of(kind: str, names: list[str]):
@@ -2126,17 +2009,16 @@ def fill_recipe(args, recipe: dict) -> None:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Data, teacher weights, files and hardware: what a methods section would not mention."""
-    group, count = parser.add_argument_group("data and teacher"), positive_int
-    add = group.add_argument
+    group = parser.add_argument_group("data and teacher")
+    add, count = group.add_argument, dict(type=positive_int, metavar="N")
     add("--dataset", type=one_of("data set", list(STATS)), default="cifar100", metavar="NAME",
         help=f"{', '.join(STATS)}; shapes is synthetic, without files (default: cifar100)")
     add("--data-dir", type=file_path, default="data", metavar="DIR",
         help="where the data lies or is downloaded to (default: data)")
     add("--image-size", type=number(int, 8, 4096), metavar="N",
         help="pixels (default: 32; imagenet: 224)")
-    add("--train-size", type=count, metavar="N",
-        help="train on N images, as many of each class (default: all)")
-    add("--val-size", type=count, metavar="N", help="hold N training images out and test on them,"
+    add("--train-size", **count, help="train on N images, as many of each class (default: all)")
+    add("--val-size", **count, help="hold N training images out and test on them,"
         " to choose weights without the test set (default: off)")
     one = group.add_mutually_exclusive_group().add_argument
     one("--teacher-ckpt", type=file_path, metavar="FILE", help="the teacher's weights, such as"
@@ -2163,7 +2045,7 @@ def add_file_arguments(group) -> None:
     add("--compare", action="store_true", help="train the baselines too, such as CE alone and KD")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, with losses"
         " in float32 (default: fp32; on GPUs convolutions may use TF32)")
-    add("--device", type=device, default="auto", metavar="NAME",
+    add("--device", default="auto", metavar="NAME",
         help="auto (a GPU if there is one), cpu, cuda, cuda:N or mps (default: auto)")
     add("--skip-bad-images", action="store_true", help="leave images out that cannot be read, and"
         " say which (default: stop at the first)")
@@ -2184,13 +2066,16 @@ def launch(distill, args, baselines: dict, needed: tuple[str, ...] = ()):
     Args: baselines: name -> the arguments that make it, such as {"ce": {"kd_weight": 0.0, ...}};
         needed: those that are run without --compare too, and first. All others come after the
         method, so that what does not fit the method is found at once.
-    Returns: the result of the run, or a list of them if there are several.
-    """
+    Returns: the result of the run, or a list of them if there are several."""
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # wanted by cuBLAS for that
         torch.use_deterministic_algorithms(True)
     elif pick_device(args.device).type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes are the same at every step
+    cpuinfo = Path("/proc/cpuinfo")  # Linux
+    if args.precision == "bf16" and pick_device(args.device).type == "cpu" and cpuinfo.exists():
+        if "bf16" not in cpuinfo.read_text():
+            print("note: bf16 is slow here: this processor has no bfloat16 instructions")
     if args.eval:
         if args.resume or args.compare or args.seeds or getattr(args, "plot", False):
             raise UserError("--eval trains nothing: leave --resume, --compare, --seeds, --plot out")
@@ -2244,11 +2129,9 @@ def summary(results: list[dict]) -> str:
     teacher = first["teacher"] or "no teacher"
     if first["teacher"]:
         teacher += f" ({first[score.replace('student', 'teacher')]:.2f})"
-    lines = [
-        f"{first['dataset']}, {first['train_images']:,} training images, {first['epochs']} epochs,"
-        f" {teacher} -> {first['student']}\n",
-        f"| method | n | {unit} | lowest, highest |\n|---|---|---|---|",
-    ]
+    data = f"{first['dataset']}, {first['train_images']:,} training images"
+    lines = [f"{data}, {first['epochs']} epochs, {teacher} -> {first['student']}\n"]
+    lines.append(f"| method | n | {unit} | lowest, highest |\n|---|---|---|---|")
     for method in dict.fromkeys(result["method"] for result in results):
         values = [result[score] for result in results if result["method"] == method]
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
