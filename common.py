@@ -788,6 +788,8 @@ class Split(NamedTuple):
 class Data:
     """A data set on the device. `batches` yields normalised images [B,3,S,S] and labels [B]."""
 
+    report, skip_bad_images = "", False  # report: what is odd in the files, a line each
+
     def __init__(self, name, train: Split, test: Split, classes, image_size, device, workers=None):
         self.name, self.classes, self.num_classes = name, classes, len(classes)
         self.image_size, self.device = image_size, device
@@ -988,8 +990,7 @@ def _read_data(args, device):
     train, test = _chosen(args, train, test, len(classes))
     kind = StreamedData if name == "imagenet" else Data
     data = kind(name, train, test, classes, size, device, args.workers)
-    data.report = report  # what is odd in the files, a line each: a run writes it into its folder
-    data.skip_bad_images = getattr(args, "skip_bad_images", False)
+    data.report, data.skip_bad_images = report, getattr(args, "skip_bad_images", False)
     for label, images in enumerate(train.labels.bincount(minlength=len(classes)).tolist()):
         if not images:
             raise UserError(f"--data-dir: class {classes[label]} has no readable training image")
@@ -1837,12 +1838,10 @@ def load_teacher(teacher: nn.Module, args, data: Data, distill) -> nn.Module:
 
 # Published weights of CIFAR teachers (BSD-3), and how the SHA-256 of each file begins.
 RELEASE = "https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet"
-PUBLISHED = {
-    **dict(cifar100_resnet20="23dac2f1", cifar100_resnet32="84213ce6"),
-    **dict(cifar100_resnet44="ffe32858", cifar100_resnet56="f2eff4c8"),
-    **dict(cifar10_resnet20="4118986f", cifar10_resnet32="ef93fc4d"),
-    **dict(cifar10_resnet44="2a3cabcb", cifar10_resnet56="187c023a"),
-}
+PUBLISHED = dict(name.split("-") for name in """cifar100_resnet20-23dac2f1
+cifar100_resnet32-84213ce6 cifar100_resnet44-ffe32858 cifar100_resnet56-f2eff4c8
+cifar10_resnet20-4118986f cifar10_resnet32-ef93fc4d cifar10_resnet44-2a3cabcb
+cifar10_resnet56-187c023a""".split())  # fmt: skip
 
 
 def _published(name: str) -> Path:
