@@ -679,8 +679,10 @@ def read_checkpoint(path: str | Path):
     try:
         if path.suffix == ".safetensors":
             return optional("safetensors.torch", str(path)).load_file(path)
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is not None:
-            raise ValueError("a checksum is wrong")  # torch.load does not look at them
+        if zipfile.is_zipfile(path):  # torch.load looks at no checksum, and folders give it noise
+            archive = zipfile.ZipFile(path)
+            if archive.testzip() or any(part.external_attr & 16 for part in archive.infolist()):
+                raise ValueError("a checksum is wrong, or a part is marked as a folder")
         with warnings.catch_warnings(), torch.serialization.safe_globals(harmless):
             warnings.simplefilter("ignore")  # on pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -699,8 +701,10 @@ def _what_is_wrong(path, error):
         return "a web page and no checkpoint: download the file itself"
     if start.startswith(b"version https://git-lfs"):
         return "a pointer of Git LFS and no checkpoint: fetch the file with `git lfs pull`"
-    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else ["data.pkl"]
-    if tarfile.is_tarfile(path) or not any(name.endswith("data.pkl") for name in names):
+    is_archive = tarfile.is_tarfile(path)
+    with contextlib.suppress(Exception):  # zipfile names no set of errors for a damaged file
+        is_archive |= not any(n.endswith("data.pkl") for n in zipfile.ZipFile(path).namelist())
+    if is_archive:
         return "an archive: unpack it, and name the checkpoint in it"
     if "GLOBAL" in str(error):
         return "holds Python objects, which would run as code; save its state dict alone"

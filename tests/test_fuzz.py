@@ -5,8 +5,12 @@ In a test run, the same few examples every time; more, and others, with
     python -m pytest tests/test_fuzz.py --hypothesis-profile long
 """
 
+import io
+from pathlib import Path
+
 import pytest
-from helpers import module
+import torch
+from helpers import module, same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -53,3 +57,23 @@ def test_any_arguments_are_taken_or_refused_in_one_line(cwd, capsys, script, arg
         assert captured.err.splitlines()[-1].startswith("error: ")
         assert captured.err.count("error: ") == 1
     assert not list(cwd.iterdir())
+
+
+WHOLE = common.build_model("resnet8", 10).state_dict()
+BUFFER = io.BytesIO()
+torch.save(WHOLE, BUFFER)
+CONTENT = BUFFER.getvalue()
+
+
+@given(st.integers(0, 4000) | st.integers(0, len(CONTENT) - 1), st.integers(1, 255))
+def test_a_checkpoint_with_one_byte_changed_is_refused_or_the_same(cwd, position, change):
+    content = bytearray(CONTENT)
+    content[-1 - position] ^= change  # most are in the table of contents, at the end
+    Path("x.pth").write_bytes(content)
+    net = common.build_model("resnet8", 10)
+    try:
+        common.load_weights(net, "x.pth")
+    except common.UserError as error:
+        assert "x.pth" in str(error) and "\n" not in str(error)
+    else:  # the change was between the parts of the archive
+        assert same(net.state_dict(), WHOLE)
