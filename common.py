@@ -60,7 +60,8 @@ class Stopped(BaseException):
 
 
 # waiting: a step is under way, so a signal is noted in `pending` and obeyed after the step.
-_signals = argparse.Namespace(waiting=False, pending=0)
+# saved: there is something to resume.
+_signals = argparse.Namespace(waiting=False, pending=0, saved=False)
 _STOP_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 
 
@@ -87,8 +88,8 @@ def run_program(main, argv: list[str] | None = None) -> int:
     """Call `main(argv)` and turn how it ends into an exit status.
 
     Returns: 0 done; 2 bad input, with one `error:` line on stderr; 1 another rank was lost;
-        128 + n ended by signal n, with everything saved."""
-    _signals.waiting, _signals.pending, status = False, 0, 2
+        128 + n ended by signal n, with everything saved. A bug is a traceback, and 1."""
+    _signals.waiting, _signals.pending, _signals.saved, status = False, 0, False, 2
     for stream in (sys.stdout, sys.stderr):  # file names need not be text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -117,7 +118,8 @@ def run_program(main, argv: list[str] | None = None) -> int:
         message, status = f"{advice[0]} ({text[0]})", 1 if advice[0] == _LOST_RANK else 2
     except Stopped as stop:
         if rank() == 0:
-            print(f"\nstopped by signal {stop.args[0]}; --resume continues", file=sys.stderr)
+            then = "; --resume continues" if _signals.saved else ""
+            print(f"\nstopped by signal {stop.args[0]}{then}", file=sys.stderr)
         return 128 + stop.args[0]
     with contextlib.suppress(dist.DistError):  # the rank that keeps the count has spoken, and gone
         # All ranks meet the same bad input, and the first that comes here says so.
@@ -717,11 +719,10 @@ def read_state_dict(path: str | Path, wanted: dict) -> dict:
     network does not have are counters, and left out. UserError: the file holds no tensors."""
     found, contents, seen = [], [("", read_checkpoint(path))], set()
     for where, content in contents:  # the list grows while it is read: all that is inside comes on
-        if isinstance(content, (list, tuple)):
-            content = dict(enumerate(content))
-        if not isinstance(content, dict) or id(content) in seen:
+        if not isinstance(content, (dict, list, tuple)) or id(content) in seen:
             continue
-        seen.add(id(content))
+        seen.add(id(content))  # of the object itself, which `contents` keeps alive
+        content = content if isinstance(content, dict) else dict(enumerate(content))
         contents += [(f"{where}{key}.", value) for key, value in content.items()]
         tensors = {str(k): v for k, v in content.items() if torch.is_tensor(v)}
         first = next(iter(wanted))
@@ -1080,7 +1081,7 @@ def _files_by_class(root, odd):
     """Class -> the paths of its images, in torchvision's order. Hidden files and folders are left
     out; whatever else is no image goes into `odd`."""
     extensions = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    by_class = {path.name: [] for path in root.glob("[!.]*/")}
+    by_class = {path.name: [] for path in root.glob("[!.]*") if path.is_dir()}
     for name, paths in by_class.items():
         for where, _, files in sorted(os.walk(root / name, followlinks=True)):
             for path in (Path(where, file) for file in sorted(files)):
@@ -1133,7 +1134,8 @@ def read_rgb(path, upright: bool = True) -> Image.Image:
         if not Path(path).is_file():
             raise ValueError("no such file")
         with Image.open(path) as file:
-            if file.mode[0] in "IF":  # which of its values is white? convert() would clip them
+            # Which of its values is white? convert() would clip them, or cut them to 8 bits.
+            if file.mode[0] in "IF" or ";16" in str(file.tile):
                 raise ValueError("more than 8 bits a channel: convert it to 8")
             turned = upright and file.getexif().get(274, 1) in range(2, 9)  # 274: orientation
             image = (ImageOps.exif_transpose(file) if turned else file).convert("RGB")
@@ -1300,8 +1302,8 @@ def read_last(path: Path) -> dict:
 class TeacherCache:
     """The teacher's logits and embeddings for every batch, on disk: computed once, then read.
 
-    Whatever is compared under one seed sees the same batches, so that a frozen teacher answers the
-    same. A file holds the answers to some batches, float32, after its checksum. The folder's name
+    Runs with the same seed see the same batches, so that a frozen teacher gives the same outputs. A
+    file holds those of some batches, float32, after its checksum. The folder's name
     is a hash of all that decides an answer: the cache of another teacher is never read."""
 
     STEPS = 32  # whose answers are in a file; the last file of an epoch may have fewer
@@ -1313,7 +1315,10 @@ class TeacherCache:
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         self.folder, self.path, self.device = Path(args.teacher_cache, name), None, data.device
         self.steps, self.widths = data.steps(args.batch_size), [data.num_classes, teacher.embed_dim]
-        self.shape = (len(range(args.batch_size)[share(args.batch_size)]), sum(self.widths))
+        self.shape = (
+            -(-args.batch_size // world()),
+            sum(self.widths),
+        )  # of a step of a rank, at most
         paths = {self._path(epoch, n) for epoch in range(epochs) for n in range(self.steps)}
         self.folder.mkdir(parents=True, exist_ok=True)
         missing = len(paths - set(self.folder.iterdir())) / len(paths)
@@ -1323,7 +1328,7 @@ class TeacherCache:
         whole = 4e-9 * epochs * self.steps * math.prod(self.shape)
         size = f"{whole:.2f} GB a rank, of which {100 * missing:.0f} % are still to compute"
         print(f"teacher cache: {self.folder}, {size}", flush=True)
-        if missing * whole > free:
+        if missing * whole * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > free:
             raise UserError(f"--teacher-cache: the disk has {free:.2f} GB free; use another folder")
 
     def _path(self, epoch, number):
@@ -1381,6 +1386,7 @@ class Run:
         self.num_epochs = math.ceil(self.total_steps / self.steps)  # --iterations: the last is cut
         self.history, self.step, self.done_in_epoch = [], 0, 0
         self.cache = self.board = self.saved = self.saved_meter = None
+        self.was_finished = False
         wait_for_all()  # nobody reads what an earlier run is still writing
         if args.resume and self.last.exists():
             self.saved = read_last(self.last)
@@ -1471,7 +1477,8 @@ class Run:
             reason = [*str(error).splitlines(), ""][0]
             raise UserError(f"--resume: {self.last} is of another run: {reason}") from None
         self.history, self.done_in_epoch = saved["history"], saved["step"]
-        self.last_save = time.monotonic()
+        self.last_save, _signals.saved = time.monotonic(), True
+        self.was_finished = len(self.history) == self.num_epochs
 
     def _save(self, step=0, meter=None):
         state = {}
@@ -1484,6 +1491,7 @@ class Run:
         mine = dict(meter=meter and meter.state(), rng=torch.get_rng_state(), cuda_rng=cuda_rng)
         ranks = gather_objects(mine)
         self.last_save = time.monotonic()
+        _signals.saved = True
         if rank() == 0:
             content = dict(step=step, state=state, ranks=ranks, history=self.history)
             save_whole(self.last, content | {"args": lasting(self.args)})
@@ -1496,12 +1504,12 @@ class Run:
 
     def batches(self):
         """This rank's part of every batch of the epoch that is still to do. After a step everything
-        is saved if --save-minutes have passed or a signal came; then the program stops."""
+        is saved if --save-minutes have passed or a signal came, which then ends the program."""
         first, last = self.done_in_epoch, self.total_steps - self.epoch * self.steps
         last = min(self.steps, last)
         self.meter, self.saved_meter = Meter(self, self.saved_meter), None
         seed = self.args.seed * 100_003 + self.epoch  # another for every seed and epoch
-        _signals.waiting = True
+        _signals.waiting, self.step = True, self.epoch * self.steps + first - 1
         batches = self.data.train_batches(self.args.batch_size, seed, first, last)
         for number, batch in enumerate(batches, first):
             self.step = self.epoch * self.steps + number
@@ -1608,7 +1616,9 @@ class Run:
         if rank() == 0:
             student = self.objects["student"].state_dict()
             save_whole(self.dir / "student.pt", {k: v.cpu() for k, v in student.items()})
-            write_whole(self.dir / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+            if not self.was_finished or not (self.dir / "result.json").exists():
+                text = json.dumps(result, indent=1) + "\n"
+                write_whole(self.dir / "result.json", text.encode())
         wait_for_all()  # the files are there
         return result
 
@@ -1636,7 +1646,7 @@ def environment(device) -> dict:
 
 def diverged(what: str, epoch: int) -> UserError:
     advice = "lower --lr (of a teacher: --teacher-lr) or the weight of a loss"
-    return UserError(f"{what} became infinite or nan in epoch {epoch}: {advice}, and --resume")
+    return UserError(f"{what} became infinite or nan in epoch {epoch}: {advice}, and start again")
 
 
 class Meter:
@@ -1679,7 +1689,7 @@ class Meter:
         if not self.rows:
             return
         counts, rows = zip(*self.rows)
-        rows = torch.stack(rows).double().cpu()  # [steps, terms]
+        rows = torch.stack(rows).cpu().double()  # [steps, terms]
         broken = ~torch.isfinite(rows)
         if broken.any():
             first = broken[broken.any(1)][0]  # later terms break because the weights did
@@ -1738,7 +1748,10 @@ def pick_device(name: str) -> torch.device:
     counts = dict(cpu=1, cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()))
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name) or int(index or 0) >= counts[kind]:
         raise UserError(f"--device {name}: PyTorch sees no such device; use --device cpu or auto")
-    return torch.device(name if index or kind != "cuda" else f"cuda:{torch.cuda.current_device()}")
+    if kind == "cuda":  # what asks for "the" GPU must mean this one
+        torch.cuda.set_device(int(index or torch.cuda.current_device()))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(name)
 
 
 def autocast(args):
@@ -1868,7 +1881,7 @@ def _published(name: str) -> Path:
 
 
 def near_chance(top1: float, num_classes: int) -> bool:
-    """Below twice chance; with few classes, where that is much, below chance and 10 points."""
+    """Below twice chance, or below chance + 10 points where that is lower (few classes)."""
     return top1 < min(200 / num_classes, 100 / num_classes + 10)
 
 

@@ -220,13 +220,13 @@ def compute_class_means(teacher: torch.nn.Module, batches, num_classes: int) -> 
     teacher.eval()
     sums = counts = 0.0
     for images, labels in batches:
-        embedding = teacher(images, return_features=True)[1].embedding.double()
-        one_hot = F.one_hot(labels, num_classes).double()  # [B,K]
+        embedding = teacher(images, return_features=True)[1].embedding.cpu().double()
+        one_hot = F.one_hot(labels.cpu(), num_classes).double()  # [B,K]
         sums, counts = sums + one_hot.T @ embedding, counts + one_hot.sum(0)  # [K,D], [K]
     common.sum_over_ranks(sums, counts)  # torchrun: each rank saw its part. In a copy: delete this
     if not counts.all():
         raise ValueError(f"class means: no training image of class {int(counts.argmin())}")
-    return (sums / counts[:, None]).float()
+    return (sums / counts[:, None]).float().to(labels.device)
 
 
 def distill(args: argparse.Namespace) -> dict:

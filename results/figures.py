@@ -30,7 +30,12 @@ import common  # noqa: E402
 import nd  # noqa: E402
 
 ROOT = Path(__file__).parent
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # for every kind of sight
+BLUE, ORANGE, GREEN, GREY = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#777777",
+)  # Okabe-Ito: colour-blind safe
 TABLES = {  # name -> the files whose runs can be compared, and the title
     "cifar100-24ep": (
         ["cifar100-24ep/resnet8-*.json"],
@@ -121,7 +126,7 @@ def measure_nd(folder: Path) -> dict:
     e = means[labels]
     measured = {"teacher": (t, t)}
     for name, path in {"CE": folder / "ce", "KD": folder / "kd", result["method"]: folder}.items():
-        student = common.load_model(args.student, path / "student.pt").eval()
+        student = common.load_model(args.student, path / "student.pt").to(data.device).eval()
         measured[name] = student(images, return_features=True)[1].embedding, t
     values = {}
     for name, (s, t) in measured.items():

@@ -70,7 +70,7 @@ def main() -> int:
             process.start()
             process.join()
             *epochs, files = results
-        early, late = epochs[4], epochs[-1]
+        early, late = epochs[min(4, len(epochs) - 1)], epochs[-1]
         found[name] = dict(
             memory_mb_epoch_5=early[0], memory_mb_last_epoch=late[0],
             memory_growth_percent=round(100 * (late[0] / early[0] - 1), 2),

@@ -3,10 +3,11 @@
     python results/kill.py --kills 1000 --json results/kills.json
 
 Every script in turn, and one with --teacher-cache, on synthetic data. A trial starts a run, stops
-it (SIGKILL or SIGTERM, half of the time twice, at random moments within the length of a whole run),
-resumes it and stops it again, three times in all. Then it resumes to the end. The student's weights
-and every logged number except times must be those of the run that was never stopped. Checkpoints
-are written after nearly every step, so that many stops meet one that is being written.
+it at a random moment within the length of a whole run (SIGKILL, or SIGTERM, which half of the time
+a second signal follows), resumes it and stops it again, three times in all. Then it resumes to the
+end. The student's weights and every logged number except times must be those of the run that was
+never stopped. Checkpoints are written after nearly every step, so that many stops meet one that is
+being written.
 """
 
 import argparse
@@ -35,8 +36,8 @@ DETECTION = (
     " --save-minutes 0.0005 --device cpu"
 )
 COMMANDS = {  # name of a trial's folder -> the command, without --out
-    "nd": f"nd {SHORT}",
-    "sp": f"sp {SHORT} --kd-weight 1 --student wrn_16_1",  # has dropout
+    "nd": f"nd {SHORT} --student wrn_16_2",  # with a projector, which has dropout
+    "sp": f"sp {SHORT} --kd-weight 1",
     "dcd": f"dcd {SHORT}",
     "kd2m": f"kd2m {SHORT} --metric sliced_w2",  # draws directions in every step
     "cache": f"dcd {SHORT} --kd-weight 1 --teacher-cache OUT-cache",  # a cache for every trial
@@ -45,7 +46,7 @@ COMMANDS = {  # name of a trial's folder -> the command, without --out
 
 
 def start(command, out, *more):
-    """A process that runs a script; forked, so that it need not import torch or draw the images."""
+    """A process that runs a script; forked, so that it need not import torch."""
     script, *flags = command.replace("OUT", out).split()
 
     def run():

@@ -109,7 +109,10 @@ def paired(paths: list[str]) -> str:
         run = read(path)
         log = Path(path).with_suffix(".jsonl").read_text().splitlines()
         best = max(json.loads(line)["test_top1"] for line in log)
-        rows.setdefault(run["method"], {})[run["seed"]] = run | {"best": best}
+        row = rows.setdefault(run["method"], {})
+        if run["seed"] in row:
+            raise ValueError(f"{path}: a second run of {run['method']}, seed {run['seed']}")
+        row[run["seed"]] = run | {"best": best}
 
     def scores(method):
         return {seed: run["student_top1"] for seed, run in rows.get(method, {}).items()}

@@ -49,6 +49,7 @@ LAYOUTS = {  # who writes it -> what is in the file, from a state dict
     "teacher": lambda t: {"teacher": t, "log": [np.zeros(2), {"x": torch.ones(3)}]},
     "RepDistiller's last": lambda t: {"opt": OPTIONS, "model": t, "optimizer": {"state": {}}},
     "a list": lambda t: [t, 3],
+    "among lists": lambda t: {"groups": [[k, [k]] for k in range(60)], "a": {"b": [[], [t]]}},
     "counters": counted,
 }
 

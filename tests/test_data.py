@@ -8,6 +8,8 @@ import pickle
 import re
 import shlex
 import signal
+import struct
+import zlib
 from pathlib import Path
 from unittest import mock
 
@@ -239,6 +241,21 @@ def test_more_than_eight_bits_are_refused_never_clipped(cwd):
         Image.fromarray(values).save(name)
         with pytest.raises(UserError, match=f"{name}.*more than 8 bits"):
             common.read_rgb(name)
+
+
+def test_sixteen_bits_a_colour_are_refused_too(cwd):
+    """Pillow would cut them to 8 without a word."""
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header, rows = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0), (b"\0" + bytes(12)) * 2
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    Path("a.png").write_bytes(content + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    with pytest.raises(UserError, match="a.png.*more than 8 bits"):
+        common.read_rgb("a.png")
 
 
 def test_bad_folders_are_named(cwd):
