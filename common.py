@@ -1616,9 +1616,11 @@ class Run:
         if rank() == 0:
             student = self.objects["student"].state_dict()
             save_whole(self.dir / "student.pt", {k: v.cpu() for k, v in student.items()})
-            if not self.was_finished or not (self.dir / "result.json").exists():
-                text = json.dumps(result, indent=1) + "\n"
-                write_whole(self.dir / "result.json", text.encode())
+            path, known = self.dir / "result.json", None
+            with contextlib.suppress(OSError, ValueError):
+                known = self.was_finished and json.loads(path.read_text())
+            if not known:  # else it keeps the commit and the machine of its training
+                write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
         wait_for_all()  # the files are there
         return result
 

@@ -502,6 +502,10 @@ def test_resume_gives_the_same_student_bit_for_bit(cwd, script, any_teacher_pass
     Path(out, "result.json").write_text("damaged")
     assert run(script, command, *more, "--resume") == 0  # nothing to train: its files again
     assert Path(out, "student.pt").read_bytes() == before and result(out)["epochs"] == 3
+    kept = json.dumps(result(out) | {"commit": "earlier"})
+    Path(out, "result.json").write_text(kept)
+    assert run(script, command, *more, "--resume") == 0  # what is whole stays as it is
+    assert Path(out, "result.json").read_text() == kept
 
 
 def test_resume_refuses_what_is_another_run(quick, capsys):
