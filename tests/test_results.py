@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import math
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -90,6 +92,19 @@ def test_gains_on_the_front_page():
     for (method, over_ce, over_kd), means in zip(found, (nd, sp_dcd, sp_dcd, kd2m)):
         gains = (means[method] - means[name] for name in ("CE", "KD"))
         assert [over_ce, over_kd] == [f"{gain:.2f}" for gain in gains]
+
+
+def test_angles_beside_the_figure_of_nd():
+    values = load("results/nd-embeddings.json").items()
+    angles = {k: math.degrees(math.acos(statistics.median(v["cos"]))) for k, v in values}
+    assert {k: round(v) for k, v in angles.items()} == {
+        "teacher": 12,
+        "CE": 55,
+        "KD": 55,
+        "KD++": 28,
+    }
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert "28 degrees (median) from the class mean, the teacher's 12" in text and "lie 55" in text
 
 
 def run(method="KD", seed=0, top1=50.0, **more):
