@@ -160,7 +160,13 @@ def forked(main, argv, before=lambda: None):
 def stopped(script, command, *more, step, number=signal.SIGTERM):
     """The exit status of a run that receives a signal in its training step of this number."""
     argv = [*shlex.split(command), *more]
-    process = forked(module(script).main, argv, lambda: signal_at(step, number))
+
+    def before():
+        if number != signal.SIGKILL:  # a shell lets its background jobs ignore SIGINT
+            signal.signal(number, signal.SIG_DFL)
+        signal_at(step, number)
+
+    process = forked(module(script).main, argv, before)
     process.join(120)
     return process.exitcode
 
