@@ -86,7 +86,6 @@ _ADVICE = {  # words of an error that is not a bug of this program -> what the u
 
 def run_program(main, argv: list[str] | None = None) -> int:
     """Call `main(argv)` and turn how it ends into an exit status.
-
     Returns: 0 done; 2 bad input, with one `error:` line on stderr; 1 another rank was lost;
         128 + n ended by signal n, with everything saved. A bug is a traceback, and 1."""
     _signals.waiting, _signals.pending, _signals.saved, status = False, 0, False, 2
@@ -291,8 +290,7 @@ class ZooNet(nn.Module):
     def forward(self, x, return_features=False):
         x, maps, preact = self.features(x)
         embedding = F.adaptive_avg_pool2d(x, 1).flatten(1)
-        *_, classifier = self.children()
-        logits = classifier(embedding)
+        logits = [*self.children()][-1](embedding)
         return (logits, Features(embedding, maps, preact)) if return_features else logits
 
 
@@ -697,8 +695,7 @@ def read_checkpoint(path: str | Path):
 def _what_is_wrong(path, error):
     if isinstance(error, PermissionError):
         return error.strerror
-    with open(path, "rb") as file:
-        start = file.read(100).lstrip()
+    start = path.read_bytes()[:100].lstrip()
     if start.startswith(b"<"):
         return "a web page and no checkpoint: download the file itself"
     if start.startswith(b"version https://git-lfs"):
@@ -793,7 +790,7 @@ class Split(NamedTuple):
 class Data:
     """A data set on the device. `batches` yields normalised images [B,3,S,S] and labels [B]."""
 
-    report, skip_bad_images = "", False  # report: what is odd in the files, a line each
+    report = ""  # what is odd in the files, a line each
 
     def __init__(self, name, train: Split, test: Split, classes, image_size, device, workers=None):
         self.name, self.classes, self.num_classes = name, classes, len(classes)
@@ -834,7 +831,6 @@ class Data:
         """One pass over "train" or "test", or its batches `first` to `last` - 1. A shuffled pass
         leaves out a last batch of one image (shared: of less than two per rank), since neither
         BatchNorm nor a loss between samples is defined on it.
-
         Args: seed: of the order and the augmentation (None: in order); augment: zero padding by an
             eighth and a random crop, and a flip with probability 1/2; shared: of every batch only
             this rank's part."""
@@ -895,14 +891,9 @@ class StreamedData(Data):
         decoder = _Decoder(files, labels.cpu(), order, seeds, self.image_size, augment)
         workers = min(self.workers, len(parts)) if len(parts) > 1 else 0
         # batch_size=None: the data set makes the batches, so that a worker decodes a whole one.
-        batches = read_in_workers(decoder, workers, batch_size=None, sampler=parts)
-        for images, labels, errors in batches:
-            for error in errors:
-                if images is None or not self.skip_bad_images:
-                    raise UserError(f"{error}, or leave it out by --skip-bad-images")
-                if error not in self.report:
-                    print(f"note: {error}: another of its batch counts twice", file=sys.stderr)
-                    self.report += f"{error}\n"
+        for images, labels in read_in_workers(decoder, workers, batch_size=None, sampler=parts):
+            if isinstance(images, str):
+                raise UserError(f"{images}, or leave it out by --skip-bad-images")
             if self.device.type == "cuda":  # copied while the GPU computes
                 images = images.pin_memory()
             images = images.to(self.device, non_blocking=True)
@@ -910,8 +901,8 @@ class StreamedData(Data):
 
 
 class _Decoder:
-    """[a slice of the pass] -> images [B,S,S,3] uint8, labels [B], and errors: a file that cannot
-    be read is replaced by another of the batch. seeds: for each image, what augments it."""
+    """[a slice of the pass] -> images [B,S,S,3] uint8, or the error of one, and labels [B].
+    seeds: for each image of the order, what augments it."""
 
     def __init__(self, files, labels, order, seeds, size, augment):
         self.files, self.labels, self.order, self.seeds = files, labels, order, seeds
@@ -921,21 +912,16 @@ class _Decoder:
         self.transform = transforms.Compose(steps)
 
     def __getitem__(self, part):
-        images, kept, errors = [], [], []
+        images = []
         for k, seed in zip(self.order[part].tolist(), self.seeds[part].tolist()):
             try:
                 image = read_rgb(self.files[k])
             except UserError as error:
-                errors.append(str(error))
-                continue
+                return str(error), None
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)  # the CPU's: a GPU's is the run's
                 images.append(np.array(self.transform(image)))
-            kept.append(k)
-        if not images:
-            return None, None, errors
-        filled = [k % len(images) for k in range(len(images) + len(errors))]
-        return np.stack(images)[filled], self.labels[kept].numpy()[filled], errors
+        return np.stack(images), self.labels[self.order[part]].numpy()
 
 
 def read_in_workers(dataset, workers: int, **plan):
@@ -972,7 +958,8 @@ def load_data(args) -> Data:
     if args.image_size is None:
         args.image_size = 224 if args.dataset == "imagenet" else 32
     device = pick_device(args.device)
-    key = (args.dataset, args.data_dir, args.image_size, args.train_size, args.val_size, device)
+    names = ("dataset", "data_dir", "image_size", "train_size", "val_size", "skip_bad_images")
+    key = (device, *(getattr(args, name, None) for name in names))
     if key not in _LOADED:
         _LOADED.clear()
         if args.val_size:
@@ -995,7 +982,7 @@ def _read_data(args, device):
     train, test = _chosen(args, train, test, len(classes))
     kind = StreamedData if name == "imagenet" else Data
     data = kind(name, train, test, classes, size, device, args.workers)
-    data.report, data.skip_bad_images = report, getattr(args, "skip_bad_images", False)
+    data.report = report
     for label, images in enumerate(train.labels.bincount(minlength=len(classes)).tolist()):
         if not images:
             raise UserError(f"--data-dir: class {classes[label]} has no readable training image")
@@ -1054,8 +1041,8 @@ def _read_torchvision(name, root, size):
 
 def _read_folders(root, args):
     """Both splits of an ImageFolder layout, ImageNet as paths; the class names; what is odd."""
-    tests = [name for name in ("val", "valid", "test") if (root / name).is_dir()]
-    folders = {"train": root / "train", tests[0] if tests else "val": root / (*tests, "val")[0]}
+    test = next((name for name in ("val", "valid", "test") if (root / name).is_dir()), "val")
+    folders = {"train": root / "train", test: root / test}
     if not folders["train"].is_dir() and args.val_size:  # no splits: the classes lie here
         folders = {"train": root}
     odd = {split: {} for split in folders}
@@ -1069,10 +1056,7 @@ def _read_folders(root, args):
     for split, by_class in found.items():
         paths = [path for k in classes for path in by_class[k]]
         labels = torch.tensor([label for label, k in enumerate(classes) for _ in by_class[k]])
-        if args.dataset == "imagenet":
-            splits.append(Split(np.array(paths, object), labels))
-        else:
-            splits.append(_decoded(paths, labels, args, odd[split]))
+        splits.append(_read_images(np.array(paths, object), labels, args, odd[split]))
         report += say_what_is_odd(split, len(splits[-1].labels), odd[split])
     return splits[0], splits[-1], classes, report
 
@@ -1102,12 +1086,16 @@ def say_what_is_odd(split: str, count: int, odd: dict[str, list[str]]) -> str:
     return "".join(f"{split}: {what}: {name}\n" for what, names in odd.items() for name in names)
 
 
-def _decoded(paths, labels, args, odd):
-    """All images of a split as one tensor: the centre square, scaled to the image size."""
+def _read_images(paths, labels, args, odd):
+    """A split: all images as one tensor, the centre square of each, scaled to the image size.
+    ImageNet's stay paths, and are read here only to find what --skip-bad-images leaves out."""
+    in_memory, skip = args.dataset != "imagenet", getattr(args, "skip_bad_images", False)
+    if not in_memory and not skip:
+        return Split(paths, labels)
     size, kept = (args.image_size, args.image_size), []
-    images = torch.empty(len(paths), *size, 3, dtype=torch.uint8)
+    images = torch.empty(len(paths) * in_memory, *size, 3, dtype=torch.uint8)
 
-    def decode(path):
+    def read(path):
         try:
             image = read_rgb(path)
         except UserError as error:
@@ -1116,15 +1104,17 @@ def _decoded(paths, labels, args, odd):
         return torch.from_numpy(np.array(fitted)), image.info["remarks"]
 
     with ThreadPoolExecutor(max(1, cores() if args.workers is None else args.workers)) as pool:
-        for index, (image, remarks) in enumerate(pool.map(decode, paths)):
+        for index, (image, remarks) in enumerate(pool.map(read, paths)):
             for remark in remarks:
                 odd.setdefault(remark, []).append(paths[index])
-            if torch.is_tensor(image):
+            if isinstance(image, UserError):
+                if not skip:
+                    raise UserError(f"{image}, or leave it out by --skip-bad-images")
+                continue
+            if in_memory:
                 images[len(kept)] = image
-                kept.append(index)
-            elif not getattr(args, "skip_bad_images", False):
-                raise UserError(f"{image}, or leave it out by --skip-bad-images")
-    return Split(images[: len(kept)], labels[kept])
+            kept.append(index)
+    return Split(images[: len(kept)] if in_memory else paths[kept], labels[kept])
 
 
 def read_rgb(path, upright: bool = True) -> Image.Image:
@@ -1303,10 +1293,10 @@ class TeacherCache:
     """The teacher's logits and embeddings for every batch, on disk: computed once, then read.
 
     Runs with the same seed see the same batches, so that a frozen teacher gives the same outputs. A
-    file holds those of some batches, float32, after its checksum. The folder's name
-    is a hash of all that decides an answer: the cache of another teacher is never read."""
+    file holds those of some batches, float32, after its checksum. The folder's name is a hash of
+    all that decides them: the cache of another teacher, for example, is never read."""
 
-    STEPS = 32  # whose answers are in a file; the last file of an epoch may have fewer
+    STEPS = 32  # whose outputs are in a file; the last file of an epoch may have fewer
 
     def __init__(self, args, data, teacher, epochs: int):
         key = [3, teacher.hash, data.name, data.fingerprint, data.image_size, args.seed]
@@ -1315,10 +1305,7 @@ class TeacherCache:
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         self.folder, self.path, self.device = Path(args.teacher_cache, name), None, data.device
         self.steps, self.widths = data.steps(args.batch_size), [data.num_classes, teacher.embed_dim]
-        self.shape = (
-            -(-args.batch_size // world()),
-            sum(self.widths),
-        )  # of a step of a rank, at most
+        self.shape = (math.ceil(args.batch_size / world()), sum(self.widths))  # of a step, at most
         paths = {self._path(epoch, n) for epoch in range(epochs) for n in range(self.steps)}
         self.folder.mkdir(parents=True, exist_ok=True)
         missing = len(paths - set(self.folder.iterdir())) / len(paths)
@@ -1335,32 +1322,32 @@ class TeacherCache:
         return self.folder / f"epoch{epoch}-{number // self.STEPS}.bin"
 
     def _open(self, path, count):
-        """Read the answers of `count` steps, if they are there."""
-        self.path, self.missing, self.answers = path, count, torch.zeros(count, *self.shape)
+        """Read the outputs of `count` steps, if they are there."""
+        self.path, self.missing, self.outputs = path, count, torch.zeros(count, *self.shape)
         if path.exists():
             content = bytearray(path.read_bytes())
             checksum, content = content[:4], content[4:]
-            whole = len(content) == self.answers.nbytes
+            whole = len(content) == self.outputs.nbytes
             if whole and checksum == zlib.crc32(content).to_bytes(4, "big"):
-                self.answers = torch.frombuffer(content, dtype=torch.float32).view_as(self.answers)
+                self.outputs = torch.frombuffer(content, dtype=torch.float32).view_as(self.outputs)
                 self.missing = 0
             else:
                 print(f"note: {path} is damaged and is computed again", file=sys.stderr)
 
     def ask(self, teacher, images, epoch: int, number: int):
-        """The answer to batch `number` of an epoch."""
+        """The outputs for batch `number` of an epoch."""
         path, slot = self._path(epoch, number), number % self.STEPS
         if path != self.path:
             self._open(path, min(self.STEPS, self.steps - number + slot))
-        answer = self.answers[slot, : len(images)]
+        output = self.outputs[slot, : len(images)]
         if not self.missing:
-            logits, embedding = answer.to(self.device).split(self.widths, 1)
+            logits, embedding = output.to(self.device).split(self.widths, 1)
             return logits, Features(embedding, [], [])
         logits, features = teacher(images, return_features=True)
-        answer.copy_(torch.cat([logits.float(), features.embedding.float()], 1))
+        output.copy_(torch.cat([logits.float(), features.embedding.float()], 1))
         self.missing -= 1
         if not self.missing:  # not after a resume in between: a later run fills that in
-            content = self.answers.numpy().tobytes()
+            content = self.outputs.numpy().tobytes()
             write_whole(self.path, zlib.crc32(content).to_bytes(4, "big") + content)
         return logits, features
 
@@ -1386,7 +1373,6 @@ class Run:
         self.num_epochs = math.ceil(self.total_steps / self.steps)  # --iterations: the last is cut
         self.history, self.step, self.done_in_epoch = [], 0, 0
         self.cache = self.board = self.saved = self.saved_meter = None
-        self.was_finished = False
         wait_for_all()  # nobody reads what an earlier run is still writing
         if args.resume and self.last.exists():
             self.saved = read_last(self.last)
@@ -1438,12 +1424,11 @@ class Run:
         else:
             if rank() == 0:
                 self._set_aside()
-                if self.data.report:
-                    write_whole(self.dir / "data_report.txt", self.data.report.encode())
             for module in objects.values():
                 if isinstance(module, nn.Module):  # all ranks begin with the weights of rank 0
                     broadcast([*module.parameters(), *module.buffers()])
             self._save()
+        _signals.saved = True
         if getattr(args, "compile", False):
             torch.compiler.reset()  # a resumed run must not inherit the kernels of an earlier one
             for network in filter(None, (objects["student"], teacher)):
@@ -1477,8 +1462,7 @@ class Run:
             reason = [*str(error).splitlines(), ""][0]
             raise UserError(f"--resume: {self.last} is of another run: {reason}") from None
         self.history, self.done_in_epoch = saved["history"], saved["step"]
-        self.last_save, _signals.saved = time.monotonic(), True
-        self.was_finished = len(self.history) == self.num_epochs
+        self.last_save = time.monotonic()
 
     def _save(self, step=0, meter=None):
         state = {}
@@ -1491,7 +1475,6 @@ class Run:
         mine = dict(meter=meter and meter.state(), rng=torch.get_rng_state(), cuda_rng=cuda_rng)
         ranks = gather_objects(mine)
         self.last_save = time.monotonic()
-        _signals.saved = True
         if rank() == 0:
             content = dict(step=step, state=state, ranks=ranks, history=self.history)
             save_whole(self.last, content | {"args": lasting(self.args)})
@@ -1505,8 +1488,8 @@ class Run:
     def batches(self):
         """This rank's part of every batch of the epoch that is still to do. After a step everything
         is saved if --save-minutes have passed or a signal came, which then ends the program."""
-        first, last = self.done_in_epoch, self.total_steps - self.epoch * self.steps
-        last = min(self.steps, last)
+        first = self.done_in_epoch
+        last = min(self.steps, self.total_steps - self.epoch * self.steps)
         self.meter, self.saved_meter = Meter(self, self.saved_meter), None
         seed = self.args.seed * 100_003 + self.epoch  # another for every seed and epoch
         _signals.waiting, self.step = True, self.epoch * self.steps + first - 1
@@ -1551,9 +1534,8 @@ class Run:
         losses of one image at a time, whose inputs would be large to all-gather."""
         if world() == 1:
             return loss
-        total = torch.tensor(images)
-        sum_over_ranks(total)
-        return _AllGather.apply((loss * (images / int(total)))[None], world()).sum()
+        [losses] = self.all_gather(loss.expand(images))  # one for each image
+        return losses.mean()
 
     def average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Give everything that the optimizer trains the mean of the ranks' gradients."""
@@ -1616,10 +1598,10 @@ class Run:
         if rank() == 0:
             student = self.objects["student"].state_dict()
             save_whole(self.dir / "student.pt", {k: v.cpu() for k, v in student.items()})
-            path, known = self.dir / "result.json", None
-            with contextlib.suppress(OSError, ValueError):
-                known = self.was_finished and json.loads(path.read_text())
-            if not known:  # else it keeps the commit and the machine of its training
+            path = self.dir / "result.json"
+            try:  # a finished run that was resumed keeps the commit and the machine of its training
+                json.loads(path.read_text())
+            except (OSError, ValueError):
                 write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
         wait_for_all()  # the files are there
         return result
@@ -1639,10 +1621,10 @@ def environment(device) -> dict:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     versions = {"python": sys.version.split()[0]}
     versions |= {module.__name__: module.__version__ for module in (torch, torchvision, np)}
-    on_gpu = device.type == "cuda"
-    tf32 = on_gpu and torch.backends.cudnn.allow_tf32  # of convolutions, under fp32
-    memory = torch.cuda.max_memory_allocated() // 2**20 if on_gpu else None
-    machine = dict(device=device_name(device), tf32=tf32, peak_memory_mb=memory)
+    machine = dict(device=device_name(device), tf32=False, peak_memory_mb=None)
+    if device.type == "cuda":
+        machine["tf32"] = torch.backends.cudnn.allow_tf32  # of convolutions, under fp32
+        machine["peak_memory_mb"] = torch.cuda.max_memory_allocated() // 2**20
     return dict(commit=commit, versions=versions, **machine)
 
 
@@ -1652,10 +1634,9 @@ def diverged(what: str, epoch: int) -> UserError:
 
 
 class Meter:
-    """Means of the loss terms over an epoch, the progress line, and the watch for nan.
-
-    A step leaves one row of values on the device. They are read together, twice a second and
-    before anything is saved, so that a GPU is rarely waited for."""
+    """Means of the loss terms over an epoch, the progress line, and the watch for nan. Each step
+    leaves a row of values on the device. They are read together, twice a second and before anything
+    is saved, so that a GPU is rarely waited for."""
 
     def __init__(self, run, saved: dict | None):
         self.run, self.rows, self.shown = run, [], time.perf_counter()
@@ -1817,11 +1798,9 @@ _EVALUATED: dict = {}
 
 
 def load_teacher(teacher: nn.Module, args, data: Data, distill) -> nn.Module:
-    """Give the teacher its weights, freeze it and evaluate it.
-
-    The weights are those of --teacher-ckpt; with --pretrained-teacher the published ones; else
-    those in `checkpoints/`, where a teacher is trained first, by `distill` without a teacher.
-
+    """Give the teacher its weights, freeze it and evaluate it. The weights are those of
+    --teacher-ckpt; with --pretrained-teacher the published ones; else those in `checkpoints/`,
+    where a teacher is trained first, by `distill` without a teacher.
     Args: teacher: from `build_for`; distill: the calling script's own function.
     Returns: the teacher on the device, in eval mode, with `.top1` (%) and `.hash` of its weights.
     Raises: UserError if weights do not fit, are near chance or were trained with other settings."""
@@ -1992,15 +1971,14 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, recipes: dict) -> None
     add("--batch-size", **count, help=f"images a step {default('batch_size')}")
     add("--lr", **real, help=f"learning rate {default('lr')},"
         f" for MobileNet and ShuffleNet {default('small_lr')}")
-    add("--momentum", type=number(float, 0, 0.9999), default=0.9, metavar="X",
-        help="of SGD (default: 0.9)")
+    momentum = number(float, 0, 0.9999)
+    add("--momentum", type=momentum, default=0.9, metavar="X", help="of SGD (default: 0.9)")
     add("--nesterov", action=YesNo, help=f"Nesterov momentum {default('nesterov')}")
     add("--weight-decay", type=weight, metavar="X", help=f"of SGD {default('weight_decay')}")
-    add("--pretrained", action=YesNo, default=None,
-        help="start from torchvision's ImageNet weights (default: as in the recipe, else no)")
+    add("--pretrained", action=YesNo, help="start from torchvision's ImageNet weights"
+        " (default: as in the recipe, else no)")
     add("--teacher-epochs", **count, help="for training the teacher (default: --epochs)")
-    add("--teacher-lr", **real,
-        help="learning rate for training the teacher; independent of --lr (default: as for --lr)")
+    add("--teacher-lr", **real, help="for training the teacher (default: the recipe's, not --lr)")
 
 
 def fill_recipe(args, recipe: dict) -> None:
@@ -2031,10 +2009,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add, count = group.add_argument, dict(type=positive_int, metavar="N")
     add("--dataset", type=one_of("data set", list(STATS)), default="cifar100", metavar="NAME",
         help=f"{', '.join(STATS)}; shapes is synthetic, without files (default: cifar100)")
-    add("--data-dir", type=file_path, default="data", metavar="DIR",
-        help="where the data lies or is downloaded to (default: data)")
-    add("--image-size", type=number(int, 8, 4096), metavar="N",
-        help="pixels (default: 32; imagenet: 224)")
+    folder, size = dict(type=file_path, metavar="DIR"), number(int, 8, 4096)
+    add("--data-dir", **folder, default="data", help="folder of the data (default: data)")
+    add("--image-size", type=size, metavar="N", help="pixels (default: 32; imagenet: 224)")
     add("--train-size", **count, help="train on N images, as many of each class (default: all)")
     add("--val-size", **count, help="hold N training images out and test on them,"
         " to choose weights without the test set (default: off)")
@@ -2043,8 +2020,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         " RepDistiller's (default: checkpoints/<dataset>_<teacher>.pt, trained first)")
     one("--pretrained-teacher", action="store_true", help="published weights for the teacher:"
         " torchvision's for imagenet; resnet20, 32, 44 and 56 for cifar100 and cifar10")
-    add("--teacher-cache", type=file_path, metavar="DIR", help="write the teacher's logits and"
-        " embeddings of every batch once, and read them in later runs (default: off)")
+    add("--teacher-cache", **folder, help="write the teacher's logits and embeddings of every batch"
+        " once, and read them in later runs (default: off)")
     group = parser.add_argument_group("run")
     add_file_arguments(group)
     add = group.add_argument
@@ -2067,8 +2044,8 @@ def add_file_arguments(group) -> None:
         help="auto (a GPU if there is one), cpu, cuda, cuda:N or mps (default: auto)")
     add("--skip-bad-images", action="store_true", help="leave images out that cannot be read, and"
         " say which (default: stop at the first)")
-    add("--save-minutes", type=positive, default=15.0, metavar="X",
-        help="save within an epoch too, every so many minutes (default: 15)")
+    add("--save-minutes", type=positive, default=15.0, metavar="X", help="save within an epoch too,"
+        " every so many minutes (default: 15)")
     add("--out", type=file_path, metavar="DIR", help="folder of the run (default:"
         " runs/<script>-<teacher>-<student>-<dataset>-s<seed>)")
     add("--resume", action="store_true", help="continue a stopped run")
@@ -2080,7 +2057,6 @@ def add_file_arguments(group) -> None:
 
 def launch(distill, args, baselines: dict, needed: tuple[str, ...] = ()):
     """Run `distill(args)` for every seed and, with --compare, for every baseline; print a summary.
-
     Args: baselines: name -> the arguments that make it, such as {"ce": {"kd_weight": 0.0, ...}};
         needed: those that are run without --compare too, and first. All others come after the
         method, so that what does not fit the method is found at once.
@@ -2090,14 +2066,15 @@ def launch(distill, args, baselines: dict, needed: tuple[str, ...] = ()):
         torch.use_deterministic_algorithms(True)
     elif pick_device(args.device).type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes are the same at every step
-    cpuinfo = Path("/proc/cpuinfo")  # Linux
-    if args.precision == "bf16" and pick_device(args.device).type == "cpu" and cpuinfo.exists():
-        if "bf16" not in cpuinfo.read_text():
-            print("note: bf16 is slow here: this processor has no bfloat16 instructions")
+    if args.precision == "bf16" and pick_device(args.device).type == "cpu":
+        with contextlib.suppress(OSError):  # only Linux has this file
+            if "bf16" not in Path("/proc/cpuinfo").read_text():
+                print("note: bf16 is slow here: this processor has no bfloat16 instructions")
+    for path in filter(None, (args.eval, args.teacher_ckpt)):
+        read_checkpoint(path)  # fail before the data is read
     if args.eval:
         if args.resume or args.compare or args.seeds or getattr(args, "plot", False):
             raise UserError("--eval trains nothing: leave --resume, --compare, --seeds, --plot out")
-        read_checkpoint(args.eval)  # fail before the data is read
         data = load_data(args)
         student = build_for(data, args.student)
         load_weights(student, args.eval)
@@ -2105,8 +2082,6 @@ def launch(distill, args, baselines: dict, needed: tuple[str, ...] = ()):
         return print(f"{args.student} from {args.eval}: test {top1:.2f} %")
     if getattr(args, "plot", False):
         pyplot()  # fail now, not after the training
-    if args.teacher_ckpt:
-        read_checkpoint(args.teacher_ckpt)  # fail before the data is read
     if args.tensorboard:
         optional("torch.utils.tensorboard", "--tensorboard")  # fail before anything is created
     runs, results = _planned_runs(args, baselines, needed), []

@@ -384,10 +384,14 @@ def test_every_script_streams_and_resumes_within_an_epoch(script, tree, any_teac
 
 
 def test_a_damaged_image_is_named(tree, capsys, any_teacher_passes):
-    (tree / "train/class1/train1_3.JPEG").write_bytes(b"nothing")
+    name = "train1_3.JPEG"
+    (tree / "train/class1" / name).write_bytes(b"nothing")
     for workers in "01":
         assert run("sp", f"{STREAM} --sp-weight 0 --workers {workers}") == 2
-        assert "train1_3.JPEG" in helpers.error_line(capsys)
+        assert name in helpers.error_line(capsys)
+    data = stream(skip_bad_images=True)  # left out before the training begins
+    assert data.train_images == 29 and name not in "".join(data.train.images)
+    assert "left out, unreadable" in data.report and name in data.report
 
 
 @pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="workers unpatched")
