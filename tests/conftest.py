@@ -6,8 +6,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["OMP_NUM_THREADS"] = "1"  # the networks are tiny, and a process runs on every core
 
 import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 # `common` is imported in the fixtures: the process that hands out the tests need not load torch.
+
+FUZZ = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+for profile in ("default", "ci"):  # "ci" is taken where $CI is set
+    settings.register_profile(profile, max_examples=60, derandomize=True, **FUZZ)
+settings.register_profile("long", max_examples=20_000, **FUZZ)
 
 
 @pytest.fixture

@@ -11,14 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import module, same
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import common
-
-SLOW = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-settings.register_profile("default", max_examples=60, derandomize=True, **SLOW)
-settings.register_profile("long", max_examples=20_000, **SLOW)
 
 FLAGS = """
 --teacher --student --dataset --data-dir --image-size --train-size --val-size --epochs --lr
