@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import difflib
 import errno
+import glob
 import hashlib
 import importlib
 import io
@@ -217,10 +218,7 @@ def sum_over_ranks(*tensors: Tensor) -> None:
 
 def max_over_ranks(*numbers: int) -> list[int]:
     """The highest value of each number over the ranks: to agree on what to do."""
-    highest = torch.tensor(numbers)
-    if world() > 1:
-        dist.all_reduce(highest, dist.ReduceOp.MAX)
-    return highest.tolist()
+    return [max(values) for values in zip(*gather_objects(numbers))]
 
 
 class _AllGather(torch.autograd.Function):
@@ -686,15 +684,13 @@ def read_checkpoint(path: str | Path):
         with warnings.catch_warnings(), torch.serialization.safe_globals(harmless):
             warnings.simplefilter("ignore")  # on pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
+    except (UserError, PermissionError):
         raise
     except Exception as error:  # torch.load documents no set of errors for a damaged file
         raise UserError(f"{path}: {_what_is_wrong(path, error)}") from None
 
 
 def _what_is_wrong(path, error):
-    if isinstance(error, PermissionError):
-        return error.strerror
     start = path.read_bytes()[:100].lstrip()
     if start.startswith(b"<"):
         return "a web page and no checkpoint: download the file itself"
@@ -1067,13 +1063,12 @@ def _files_by_class(root, odd):
     extensions = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     by_class = {path.name: [] for path in root.glob("[!.]*") if path.is_dir()}
     for name, paths in by_class.items():
-        for where, _, files in sorted(os.walk(root / name, followlinks=True)):
-            for path in (Path(where, file) for file in sorted(files)):
-                hidden = any(part[0] == "." for part in path.relative_to(root).parts)
-                if not hidden and path.suffix.lower() in extensions:
-                    paths.append(str(path))
-                elif not hidden:
-                    odd.setdefault("left out, not images", []).append(str(path))
+        everything = glob.glob(f"{glob.escape(str(root / name))}/**/*", recursive=True)
+        for path in sorted(everything, key=os.path.split):
+            if os.path.splitext(path)[1].lower() in extensions:
+                paths.append(path)
+            elif not os.path.isdir(path):
+                odd.setdefault("left out, not images", []).append(path)
     return by_class
 
 
@@ -1415,8 +1410,6 @@ class Run:
             raise UserError("torchrun: the data or the teacher differs between ranks")
         if teacher is not None and getattr(args, "teacher_cache", None):
             self.cache = TeacherCache(args, self.data, teacher, self.num_epochs)
-        if self.data.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         # Dropout: the same whatever was built before, and each rank's own for its own images.
         torch.manual_seed((args.seed + 7919 * rank()) % 2**63)
         if self.saved is not None:
@@ -1491,6 +1484,7 @@ class Run:
         first = self.done_in_epoch
         last = min(self.steps, self.total_steps - self.epoch * self.steps)
         self.meter, self.saved_meter = Meter(self, self.saved_meter), None
+        self.log = self.meter.add  # what the scripts call in every step
         seed = self.args.seed * 100_003 + self.epoch  # another for every seed and epoch
         _signals.waiting, self.step = True, self.epoch * self.steps + first - 1
         batches = self.data.train_batches(self.args.batch_size, seed, first, last)
@@ -1547,12 +1541,6 @@ class Run:
             flat /= world()
             for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
                 gradient.copy_(mean.view_as(gradient))
-
-    def log(self, terms: dict, samples, logits: Tensor | None = None) -> None:
-        """Count one step. terms: name -> loss term, a scalar tensor (a plain number is a term that
-        is switched off: left out); samples: the step's labels [B], or its image ids (detection);
-        logits: [B,K], for the training accuracy."""
-        self.meter.add(terms, samples, logits)
 
     def end_epoch(self, **scores) -> None:
         """Print and keep the epoch's metrics and scores, and everything needed to go on."""
@@ -1621,11 +1609,8 @@ def environment(device) -> dict:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     versions = {"python": sys.version.split()[0]}
     versions |= {module.__name__: module.__version__ for module in (torch, torchvision, np)}
-    machine = dict(device=device_name(device), tf32=False, peak_memory_mb=None)
-    if device.type == "cuda":
-        machine["tf32"] = torch.backends.cudnn.allow_tf32  # of convolutions, under fp32
-        machine["peak_memory_mb"] = torch.cuda.max_memory_allocated() // 2**20
-    return dict(commit=commit, versions=versions, **machine)
+    tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32  # of convolutions, under fp32
+    return dict(commit=commit, versions=versions, device=device_name(device), tf32=tf32)
 
 
 def diverged(what: str, epoch: int) -> UserError:
@@ -1652,7 +1637,10 @@ class Meter:
         return {name: getattr(self, name) for name in self.saved}
 
     @torch.no_grad()
-    def add(self, terms: dict, samples, logits: Tensor | None) -> None:
+    def add(self, terms: dict, samples, logits: Tensor | None = None) -> None:
+        """Count one step. terms: name -> loss term, a scalar tensor (a plain number is a term that
+        is switched off: left out); samples: the step's labels [B], or its image ids (detection);
+        logits: [B,K], for the training accuracy."""
         row = {name: value.float() for name, value in terms.items() if torch.is_tensor(value)}
         self.names = tuple(row)
         if logits is not None:
@@ -1867,20 +1855,18 @@ def near_chance(top1: float, num_classes: int) -> bool:
 
 
 # What a teacher's training shares with its student's; all else is off, such as the method's losses.
-TEACHER_OPTIMIZER = ["recipe", "lr", "batch_size", "momentum", "nesterov", "weight_decay"]
-TEACHER_KEEPS = """dataset data_dir image_size train_size val_size precision device workers compile
-script pretrained save_minutes tensorboard skip_bad_images""".split()
-TEACHER_KEEPS += TEACHER_OPTIMIZER
+TEACHER_OPTIMIZER = "recipe lr batch_size momentum nesterov weight_decay"
+TEACHER_KEEPS = f"""{TEACHER_OPTIMIZER} dataset data_dir image_size train_size val_size precision
+device workers compile script pretrained save_minutes tensorboard skip_bad_images""".split()
 # What decides its weights, besides the data; recorded in its checkpoint.
-TEACHER_RECIPE = "student epochs seed precision image_size pretrained script".split()
-TEACHER_RECIPE += TEACHER_OPTIMIZER
+TEACHER_RECIPE = f"{TEACHER_OPTIMIZER} student epochs seed precision image_size pretrained script"
 
 
 def teacher_checkpoint(path: Path, args, data, train, more_recipe: tuple[str, ...] = ()) -> None:
     """Make sure that `path` holds a teacher trained with `args`, by `train(args)` if there is none.
     more_recipe: further names of arguments that decide the weights. UserError: the file that is
     there was trained with other settings."""
-    recipe = {name: getattr(args, name, None) for name in (*TEACHER_RECIPE, *more_recipe)}
+    recipe = {name: getattr(args, name, None) for name in [*TEACHER_RECIPE.split(), *more_recipe]}
     recipe |= {"data": data.fingerprint, "images": data.train_images}
     if not gather_objects(path.exists())[0]:
         print(f"teacher: no {path}; training it for {args.epochs} epochs", flush=True)
@@ -1904,7 +1890,7 @@ def teacher_checkpoint(path: Path, args, data, train, more_recipe: tuple[str, ..
     other = {k: f"{k} {saved.get(k)} (asked: {v})" for k, v in recipe.items() if saved.get(k) != v}
     if "script" in other and saved.get("script"):
         # Another method's script has its own optimizer by default: its teacher serves all scripts.
-        different = [other.pop(k) for k in ("script", *TEACHER_OPTIMIZER) if k in other]
+        different = [other.pop(k) for k in ["script", *TEACHER_OPTIMIZER.split()] if k in other]
         print(f"note: {path} was trained with {', '.join(different)}; used as it is", flush=True)
     if other:
         advice = f"Match them, pass --teacher-ckpt {path} to accept it, or delete it to retrain"
@@ -2082,8 +2068,6 @@ def launch(distill, args, baselines: dict, needed: tuple[str, ...] = ()):
         return print(f"{args.student} from {args.eval}: test {top1:.2f} %")
     if getattr(args, "plot", False):
         pyplot()  # fail now, not after the training
-    if args.tensorboard:
-        optional("torch.utils.tensorboard", "--tensorboard")  # fail before anything is created
     runs, results = _planned_runs(args, baselines, needed), []
     for run in runs:
         if len(runs) > 1:

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 SMALL = "--dataset shapes --image-size 16 --train-size 48 --batch-size 24"
 QUICK = f"{SMALL} --teacher resnet8 --student resnet8"
 WIDE = f"{SMALL} --teacher wrn_16_2 --student resnet8"  # embeddings of different width
-TIMES = ("seconds", "images_per_second", "peak_memory_mb")
+TIMES = ("seconds", "images_per_second")
 
 
 def module(script):
@@ -125,7 +125,7 @@ class Tiny(torch.nn.Module):
 
 def signal_at(step, number, whole_group=False):
     """From here on, this process receives the signal in its training step of this number."""
-    log, count = common.Run.log, [0]
+    log, count = common.Meter.add, [0]
 
     def stopping(self, *args, **options):
         count[0] += 1
@@ -134,7 +134,7 @@ def signal_at(step, number, whole_group=False):
             time.sleep(0.3 * whole_group)  # for its children to die, if they do
         return log(self, *args, **options)
 
-    common.Run.log = stopping
+    common.Meter.add = stopping
 
 
 def forked(main, argv, before=lambda: None):

@@ -161,7 +161,7 @@ def test_files_and_lines_are_those_of_rank_0(alone):
 
 def test_one_rank_stops_and_all_resume_exactly(alone, monkeypatch, capsys):
     folder, argv = alone
-    argv, log = [*argv, "--out", "stopped"], common.Run.log
+    argv, log = [*argv, "--out", "stopped"], common.Meter.add
 
     def slowly(*args):  # so that the signal comes before the end
         time.sleep(0.05)
@@ -169,7 +169,7 @@ def test_one_rank_stops_and_all_resume_exactly(alone, monkeypatch, capsys):
 
     for number, rank, epochs in ((signal.SIGKILL, 1, 1), (signal.SIGTERM, 0, 2)):
         with monkeypatch.context() as patch:
-            patch.setattr(common.Run, "log", slowly)
+            patch.setattr(common.Meter, "add", slowly)
             started = pair(nd.main, argv, folder)
         path, start = folder / "stopped/metrics.jsonl", time.monotonic()
         while not (path.exists() and len(lines(path.parent)) >= epochs):

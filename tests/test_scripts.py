@@ -218,7 +218,7 @@ class Watch:
 
     def __init__(self, monkeypatch):
         self.steps, self.check = [], lambda: None
-        start, log, backward = common.Run.start, common.Run.log, torch.Tensor.backward
+        start, log, backward = common.Run.start, common.Meter.add, torch.Tensor.backward
 
         def spy_start(run, **objects):
             self.objects = objects
@@ -231,16 +231,16 @@ class Watch:
             self.loss = loss.item()
             backward(loss, *args, **options)
 
-        def spy_log(run, terms, samples, logits=None):
+        def spy_log(meter, terms, samples, logits=None):
             lr = self.objects["optimizer"].param_groups[0]["lr"]
-            step = dict(loss=self.loss, lr=lr, batch=len(samples), step=run.step)
+            step = dict(loss=self.loss, lr=lr, batch=len(samples), step=meter.run.step)
             step["terms"] = {k: float(torch.as_tensor(v).detach()) for k, v in terms.items()}
             self.steps.append(types.SimpleNamespace(**step))
             self.check()
-            log(run, terms, samples, logits)
+            log(meter, terms, samples, logits)
 
         monkeypatch.setattr(common.Run, "start", spy_start)
-        monkeypatch.setattr(common.Run, "log", spy_log)
+        monkeypatch.setattr(common.Meter, "add", spy_log)
         monkeypatch.setattr(torch.Tensor, "backward", spy_backward)
 
 
