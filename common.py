@@ -246,7 +246,7 @@ def broadcast(tensors) -> None:
             dist.broadcast(tensor.detach(), 0)
 
 
-# --- Networks: the 22 of the RepDistiller zoo for 32-pixel images, and wrn_16_8 --------------
+# --- Networks: the 22 of the RepDistiller zoo for 32-pixel images, and two more --------------
 # Attribute names are those of the published checkpoints, so that state dicts load key for key.
 # Every block returns its value BEFORE the last ReLU and the network applies the ReLU, because some
 # methods (ReviewKD) compare that value. Every network ends in a global average pool.
@@ -383,8 +383,8 @@ class StageNet(ZooNet):
         self.conv1, self.bn1 = _conv(3, stem, 3 if resnet else 1), nn.BatchNorm2d(stem)
         self.num_stages, self.tail, c_in = len(counts), tail, stem
         for i, count in enumerate(counts):
-            stage = _stage(block, count, c_in, width, 1 if resnet and i == 0 else 2)
-            setattr(self, f"layer{i + 1}", stage)
+            stride = 1 if resnet and i == 0 else 2
+            setattr(self, f"layer{i + 1}", _stage(block, count, c_in, width, stride))
             c_in, width = width, 2 * width
         if tail:
             self.conv2, self.bn2 = _conv(c_in, tail, 1), nn.BatchNorm2d(tail)
@@ -516,6 +516,30 @@ class MobileNetV2(ZooNet):
         return self.conv2(outputs[-1]), maps, maps
 
 
+class MobileNetV1(ZooNet):
+    """For ImageNet: a convolution and 13 depthwise-separable blocks. `preact` is activated too."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.model, c_in = nn.Sequential(self._layer(3, 32, 3, 2)), 32
+        for i, width in enumerate([64, 128, 128, 256, 256, *[512] * 6, 1024, 1024]):
+            stride = 2 if i in (1, 3, 5, 11) else 1
+            depthwise = self._layer(c_in, c_in, 3, stride, c_in)
+            self.model.append(nn.Sequential(*depthwise, *self._layer(c_in, width, 1)))
+            c_in = width
+        self.model.append(nn.AdaptiveAvgPool2d(1))
+        self.fc = nn.Linear(c_in, num_classes)
+
+    @staticmethod
+    def _layer(*shape):
+        return nn.Sequential(_conv(*shape), nn.BatchNorm2d(shape[1]), nn.ReLU())
+
+    def features(self, x):
+        outputs = [x := layer(x) for layer in self.model]
+        maps = [outputs[i] for i in (3, 5, 11, 13)]  # the last at each resolution
+        return x, maps, maps
+
+
 def _resnet(depth, stem, width):
     return StageNet, BasicBlock, stem, width, [(depth - 2) // 6] * 3, 0
 
@@ -531,6 +555,7 @@ ZOO = {  # name -> class, and its arguments before the number of classes
     "vgg13": (VGG, (2, 2, 2, 2, 2)),
     "vgg16": (VGG, (2, 2, 3, 3, 3)),
     "vgg19": (VGG, (2, 2, 4, 4, 4)),
+    "MobileNetV1": (MobileNetV1,),
     "MobileNetV2": (MobileNetV2,),
     "ShuffleV1": (StageNet, ShuffleUnitV1, 24, 240, (4, 8, 4), 0),
     "ShuffleV2": (StageNet, ShuffleUnitV2, 24, 116, (4, 8, 4), 1024),
@@ -773,6 +798,7 @@ STATS = {  # mean and standard deviation of the training pixels, R G B, as commo
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
     "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
+    "tinyimagenet": ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
     **dict.fromkeys(("imagenet", "folder"), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
     "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 }
@@ -788,7 +814,7 @@ class Data:
 
     report = ""  # what is odd in the files, a line each
 
-    def __init__(self, name, train: Split, test: Split, classes, image_size, device, workers=None):
+    def __init__(self, name, train, test, classes, stats, image_size, device, workers):
         self.name, self.classes, self.num_classes = name, classes, len(classes)
         self.image_size, self.device = image_size, device
         self.workers = cores() if workers is None else workers
@@ -798,7 +824,7 @@ class Data:
             Split(*(x.to(device) if torch.is_tensor(x) else x for x in split))
             for split in (train, test)
         )
-        mean, std = (torch.tensor(s, device=device).view(1, 3, 1, 1) for s in STATS[name])
+        mean, std = (torch.tensor(s, device=device).view(1, 3, 1, 1) for s in stats)
         self.mean, self.std = mean * 255, std * 255
         self.pad = image_size // 8  # 4 at 32 pixels
         self.may_flip = name != "svhn"  # a mirrored digit is another digit
@@ -890,10 +916,7 @@ class StreamedData(Data):
         for images, labels in read_in_workers(decoder, workers, batch_size=None, sampler=parts):
             if isinstance(images, str):
                 raise UserError(f"{images}, or leave it out by --skip-bad-images")
-            if self.device.type == "cuda":  # copied while the GPU computes
-                images = images.pin_memory()
-            images = images.to(self.device, non_blocking=True)
-            yield self._normalised(images), labels.to(self.device)
+            yield self._normalised(images.to(self.device)), labels.to(self.device)
 
 
 class _Decoder:
@@ -946,16 +969,17 @@ def cores() -> int:
 # Whatever the source (torchvision's files, an ImageFolder layout, the synthetic images), the result
 # is two splits with class labels. Bad input is found here, before any long work.
 
+TINY_IMAGENET = "https://cs231n.stanford.edu/tiny-imagenet-200.zip"
 _LOADED: dict = {}  # the last data set, for the next run in this process
 
 
 def load_data(args) -> Data:
     """The data set of the command line, on its device. UserError: it cannot be read."""
     if args.image_size is None:
-        args.image_size = 224 if args.dataset == "imagenet" else 32
+        args.image_size = {"imagenet": 224, "tinyimagenet": 64}.get(args.dataset, 32)
     device = pick_device(args.device)
-    names = ("dataset", "data_dir", "image_size", "train_size", "val_size", "skip_bad_images")
-    key = (device, *(getattr(args, name, None) for name in names))
+    names = "dataset data_dir image_size mean std train_size val_size skip_bad_images".split()
+    key = str([device, *(getattr(args, name, None) for name in names)])
     if key not in _LOADED:
         _LOADED.clear()
         if args.val_size:
@@ -973,12 +997,17 @@ def _read_data(args, device):
         train, test, classes, report = _read_folders(root, args)
     elif name == "cifar100" and (root / "cifar100" / "train").is_dir():
         train, test, classes, report = _read_folders(root / "cifar100", args)
+    elif name == "tinyimagenet":
+        train, test, classes, report = _read_folders(root / "tiny-imagenet-200", args)
     else:
         train, test, classes = _read_torchvision(name, args.data_dir, size)
     train, test = _chosen(args, train, test, len(classes))
     kind = StreamedData if name == "imagenet" else Data
-    data = kind(name, train, test, classes, size, device, args.workers)
+    stats = tuple(args.mean or STATS[name][0]), tuple(args.std or STATS[name][1])
+    data = kind(name, train, test, classes, stats, size, device, args.workers)
     data.report = report
+    if stats != STATS[name]:  # other pixels for the networks
+        data.fingerprint = hashlib.sha256(f"{data.fingerprint}{stats}".encode()).hexdigest()[:16]
     for label, images in enumerate(train.labels.bincount(minlength=len(classes)).tolist()):
         if not images:
             raise UserError(f"--data-dir: class {classes[label]} has no readable training image")
@@ -1043,17 +1072,28 @@ def _read_folders(root, args):
         folders = {"train": root}
     odd = {split: {} for split in folders}
     found = {split: _files_by_class(path, odd[split]) for split, path in folders.items()}
+    table, names = root / "val/val_annotations.txt", root / "words.txt"
+    if table.exists() and (root / "val/images").is_dir():  # Tiny ImageNet's: file, class, a box
+        found["val"] = {}
+        for file, k in re.findall(r"^(\S+)\t(\S+)", table.read_text(), re.M):
+            found["val"].setdefault(k, []).append(str(root / "val/images" / file))
     classes, splits, report = sorted({k for by_class in found.values() for k in by_class}), [], ""
     lacking = [k for k in classes if not all(by_class.get(k) for by_class in found.values())]
     if lacking or len(classes) < 2:
         missing = ", ".join(lacking) or "at least two classes are needed"
         where = f"{root}/train/<class>/, {root}/val/<class>/"
-        raise UserError(f"--data-dir: no images in {where}: {missing} (shapes needs no files)")
+        advice = "shapes needs no files"
+        if args.dataset == "tinyimagenet":
+            advice = f"unpack {TINY_IMAGENET} in {root.parent}/"
+        raise UserError(f"--data-dir: no images in {where}: {missing} ({advice})")
     for split, by_class in found.items():
         paths = [path for k in classes for path in by_class[k]]
         labels = torch.tensor([label for label, k in enumerate(classes) for _ in by_class[k]])
         splits.append(_read_images(np.array(paths, object), labels, args, odd[split]))
         report += say_what_is_odd(split, len(splits[-1].labels), odd[split])
+    if names.exists():
+        named = dict(re.findall(r"^(\S+)\t(.+)", names.read_text(), re.M))
+        classes = [named.get(k, k).split(",")[0] for k in classes]
     return splits[0], splits[-1], classes, report
 
 
@@ -1067,7 +1107,7 @@ def _files_by_class(root, odd):
         for path in sorted(everything, key=os.path.split):
             if os.path.splitext(path)[1].lower() in extensions:
                 paths.append(path)
-            elif not os.path.isdir(path):
+            elif not path.endswith("_boxes.txt") and not os.path.isdir(path):
                 odd.setdefault("left out, not images", []).append(path)
     return by_class
 
@@ -1237,18 +1277,18 @@ def save_whole(path: Path, state) -> None:
     write_whole(path, buffer.getvalue())
 
 
-def cached(path: Path | None, made_by, compute):
+def cached(path: Path | None, made_by, compute, *args):
     """The value in the file at `path` if it was `made_by` the very same things; else what
-    `compute()` returns on all ranks together, which is saved there (None: nowhere)."""
+    `compute(*args)` returns on all ranks together, which is saved there (None: nowhere)."""
     if path is None:
-        return compute()
+        return compute(*args)
     saved = None
     with contextlib.suppress(UserError):  # a missing or damaged file is made anew
         saved = read_checkpoint(path) if rank() == 0 else None
     saved = gather_objects(saved)[0]
     if isinstance(saved, dict) and saved.get("made_by") == made_by:
         return saved["value"]
-    value = compute()
+    value = compute(*args)
     try:
         if rank() == 0:
             save_whole(path, {"made_by": made_by, "value": value})
@@ -1798,7 +1838,7 @@ def load_teacher(teacher: nn.Module, args, data: Data, distill) -> nn.Module:
     elif args.pretrained_teacher:
         path = _published(f"{args.dataset}_{args.teacher}")
     elif not args.teacher_ckpt:
-        new = {k: v if k in TEACHER_KEEPS else 0.0 for k, v in vars(args).items()}
+        new = {k: v if k in TEACHER_KEEPS.split() else 0.0 for k, v in vars(args).items()}
         new |= dict(student=args.teacher, teacher=None, teacher_ckpt=None, method="teacher")
         new |= dict(ce_weight=1.0, lr=args.teacher_lr, epochs=args.teacher_epochs)
         new |= dict(seed=0)  # whatever the students' seeds: all of them learn from one teacher
@@ -1811,7 +1851,7 @@ def load_teacher(teacher: nn.Module, args, data: Data, distill) -> nn.Module:
     key = (teacher.hash, data.fingerprint, args.precision, device_name(data.device))
     if key not in _EVALUATED:
         file = args.teacher_cache and Path(args.teacher_cache, f"top1-{'-'.join(key[:2])}.pt")
-        _EVALUATED[key] = cached(file, key, lambda: evaluate(teacher, data, args))
+        _EVALUATED[key] = cached(file, key, evaluate, teacher, data, args)
         print(f"teacher {args.teacher} from {path}: test {_EVALUATED[key]:.2f} %", flush=True)
         if near_chance(_EVALUATED[key], data.num_classes):
             problem = f"{path}: {_EVALUATED[key]:.2f} % on the test images is near chance"
@@ -1856,8 +1896,8 @@ def near_chance(top1: float, num_classes: int) -> bool:
 
 # What a teacher's training shares with its student's; all else is off, such as the method's losses.
 TEACHER_OPTIMIZER = "recipe lr batch_size momentum nesterov weight_decay"
-TEACHER_KEEPS = f"""{TEACHER_OPTIMIZER} dataset data_dir image_size train_size val_size precision
-device workers compile script pretrained save_minutes tensorboard skip_bad_images""".split()
+TEACHER_KEEPS = f"""{TEACHER_OPTIMIZER} script dataset data_dir image_size mean std train_size
+val_size skip_bad_images precision device workers compile pretrained save_minutes tensorboard"""
 # What decides its weights, besides the data; recorded in its checkpoint.
 TEACHER_RECIPE = f"{TEACHER_OPTIMIZER} student epochs seed precision image_size pretrained script"
 
@@ -1998,6 +2038,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     folder, size = dict(type=file_path, metavar="DIR"), number(int, 8, 4096)
     add("--data-dir", **folder, default="data", help="folder of the data (default: data)")
     add("--image-size", type=size, metavar="N", help="pixels (default: 32; imagenet: 224)")
+    channels = dict(nargs=3, metavar=("R", "G", "B"))
+    add("--mean", type=number(float, 0, 1), **channels, help="mean of the pixels, which are 0 to 1,"
+        " as a foreign teacher needs it (default: the data set's)")
+    add("--std", type=number(float, 0.001, 1), **channels, help="standard deviation, likewise")
     add("--train-size", **count, help="train on N images, as many of each class (default: all)")
     add("--val-size", **count, help="hold N training images out and test on them,"
         " to choose weights without the test set (default: off)")

@@ -28,7 +28,7 @@ Differences from the paper's code:
  1. Class means: clean images, summed in float64 (there: augmented images, rounded to 4 decimals).
  2. Where |s| and |t| are both below 1e-7, nd is 1 and its gradient 0 (there: 0/0).
  3. The result is that of the last epoch (there: of the epoch that is best on the test set).
- 4. A projector leaves the student's classifier as it is (there: building one resets it in part).
+ 4. Classifiers start as in PyTorch (there: from N(0, 0.01^2); a projector resets them in part).
  5. ND has no warm-up with any base loss (there: with DKD on ImageNet it has one).
  6. On one device BatchNorm sees the whole batch (there, on CIFAR: half of it on each GPU).
 """
@@ -211,18 +211,18 @@ def hcl_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor])
 
 
 @torch.no_grad()
-def compute_class_means(teacher: torch.nn.Module, batches, num_classes: int) -> torch.Tensor:
+def compute_class_means(teacher: torch.nn.Module, batches, num_classes: int, embed=None):
     """The teacher's mean embedding of each class, [K,D] float32, for `nd_loss`.
 
-    Args: teacher, put into eval mode: (images, return_features=True) -> logits, (.embedding [B,D],
-        ...); batches: images, labels [B] on its device. Raises: ValueError for an empty class.
+    Args: teacher, put into eval mode; batches: images, labels [B] on its device; embed(teacher,
+        images): its [B,D], if it is called in another way. Raises: ValueError for an empty class.
     """
     teacher.eval()
     sums = counts = 0.0
     for images, labels in batches:
-        embedding = teacher(images, return_features=True)[1].embedding.cpu().double()
+        embedding = embed(teacher, images) if embed else teacher(images, True)[1].embedding
         one_hot = F.one_hot(labels.cpu(), num_classes).double()  # [B,K]
-        sums, counts = sums + one_hot.T @ embedding, counts + one_hot.sum(0)  # [K,D], [K]
+        sums, counts = sums + one_hot.T @ embedding.cpu().double(), counts + one_hot.sum(0)
     common.sum_over_ranks(sums, counts)  # torchrun: each rank saw its part. In a copy: delete this
     if not counts.all():
         raise ValueError(f"class means: no training image of class {int(counts.argmin())}")
@@ -255,8 +255,6 @@ def distill(args: argparse.Namespace) -> dict:
         t_channels = [c for c, _, _ in teacher.stage_shapes] + [teacher.embed_dim]
         if not len(s_channels) == len(t_channels) > 1:
             raise common.UserError("--base reviewkd: choose networks with equally many stages")
-        if args.deterministic and data.device.type == "cuda":
-            raise common.UserError("--base reviewkd: pooling has no --deterministic form on a GPU")
         auxiliary["review"] = ReviewKD(s_channels, t_channels, min(512, student.embed_dim))
 
     # The teacher's weights: from a file, or trained first by this very function. Frozen from here.
@@ -265,11 +263,10 @@ def distill(args: argparse.Namespace) -> dict:
     asks_teacher = args.kd_weight or args.nd_weight or args.norm_weight  # in every step
     if args.nd_weight or args.direction_weight:
         batches = data.batches("train", 500, augment=args.class_means == "augmented", shared=True)
-        made_by = teacher.hash, data.fingerprint, args.class_means, common.device_name(data.device)
+        key = teacher.hash, data.fingerprint, args.class_means, common.device_name(data.device)
         path = common.Path(args.teacher_cache or run.dir) / "class_means.pt"
-        means = common.cached(
-            path, made_by, lambda: compute_class_means(teacher, batches, data.num_classes)
-        ).to(data.device)
+        means = common.cached(path, key, compute_class_means, teacher, batches, data.num_classes)
+        means = means.to(data.device)
 
     student = student.to(data.device, memory_format=torch.channels_last)
     auxiliary = auxiliary.to(data.device)
@@ -353,14 +350,17 @@ PAPER_WEIGHTS = {
         "DIST++": dict(kd=[2.0, 1.5, 2.5, 7.0, 2.5, 3.0], nd=[1.0, 4.0, 3.0, 1.0, 3.0, 4.0]),
         "ReviewKD++": dict(kd=[1.2, 8.0, 5.0, 6.0, 7.0, 8.0], nd=[1.0, 1.0, 4.0, 2.0, 1.0, 1.5]),
         "ReviewKD": dict(kd=[0.6, 5.0, 5.0, 5.0, 5.0, 8.0])},
-    "imagenet": {  # DKD, ReviewKD: published for the first pair; DIST++: not published, as CIFAR
-        "pairs": [f"resnet{depth} resnet18" for depth in (34, 50, 101, 152)],
-        "KD++": dict(kd=[2.5, 4.0, 3.5, 4.0], nd=[1.0, 1.0, 4.0, 2.0]),
-        "DKD++": dict(alpha=[0.8, 0.6, 0.8, 1.0], beta=[0.5, 0.5, 0.5, 1.0],
-                      nd=[1.0, 2.0, 1.0, 1.0]),
-        "DKD": dict(alpha=[1.0] * 4, beta=[0.5] * 4), "DIST++": dict(kd=[2.0] * 4, nd=[1.0] * 4),
-        "ReviewKD++": dict(kd=[1.0, 3.0, 3.0, 3.0], nd=[3.0, 2.0, 1.0, 1.0]),
-        "ReviewKD": dict(kd=[1.0] * 4)},
+    "imagenet": {  # Not published: DIST++; DKD but for columns 1 and 5; ReviewKD but for column 1,
+        # and with a ViT, which has no feature maps. MobileNetV1's ReviewKD++ is 256 wide, here 512.
+        "pairs": [*(f"resnet{depth} resnet18" for depth in (34, 50, 101, 152)),
+                  "resnet50 MobileNetV1", "vit_b_16 resnet18"],
+        "KD++": dict(kd=[2.5, 4.0, 3.5, 4.0, 4.0, 2.0], nd=[1.0, 1.0, 4.0, 2.0, 1.0, 1.0]),
+        "DKD++": dict(alpha=[0.8, 0.6, 0.8, 1.0, 0.8, 1.4], beta=[0.5, 0.5, 0.5, 1.0, 1.0, 0.5],
+                      nd=[1.0, 2.0, 1.0, 1.0, 1.0, 2.0]),
+        "DKD": dict(alpha=[1.0] * 6, beta=[0.5, 0.5, 0.5, 0.5, 2.0, 0.5]),
+        "DIST++": dict(kd=[2.0] * 6, nd=[1.0] * 6),
+        "ReviewKD++": dict(kd=[1.0, 3.0, 3.0, 3.0, 8.0, 1.0], nd=[3.0, 2.0, 1.0, 1.0, 4.0, 1.0]),
+        "ReviewKD": dict(kd=[1.0, 1.0, 1.0, 1.0, 8.0, 1.0])},
 }
 # fmt: on
 

@@ -30,6 +30,7 @@ Differences from the paper and from other code:
  3. --recipe paper is the recipe of an independent replication, not checked against the paper.
  4. The result is the last epoch. KD is ce + kd; RepDistiller's KD rows are 0.1 ce + 0.9 kd.
  5. Under torchrun the similarities are those of the whole batch, not of each rank's part.
+ 6. --relation cc has nothing to train; RepDistiller's CC has two layers, so its rows differ.
 Patent: US 11636337B2 covers the method; check it before commercial use.
 """
 

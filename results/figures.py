@@ -116,7 +116,8 @@ def draw_nd_idea():
 def measure_nd(folder: Path) -> dict:
     """Method -> the two quantities that ND moves, for 500 test images: |s| / |t| and cos(s, e)."""
     result = json.loads((folder / "result.json").read_text())
-    args = argparse.Namespace(**result["args"] | dict(resume=False, teacher_cache=None))
+    known = dict(mean=None, std=None) | result["args"]
+    args = argparse.Namespace(**known | dict(resume=False, teacher_cache=None))
     data = common.load_data(args)
     teacher = common.load_teacher(common.build_for(data, args.teacher), args, data, nd.distill)
     batches = data.batches("train", 500)

@@ -29,6 +29,7 @@ from common import UserError
 def load(**changes):
     """A data set, read anew."""
     args = dict(dataset="folder", data_dir="tree", image_size=32, train_size=None, val_size=None)
+    args |= dict(mean=None, std=None)
     forget_what_was_loaded()
     return common.load_data(argparse.Namespace(**args | dict(workers=0, device="cpu") | changes))
 
@@ -281,6 +282,49 @@ def test_bad_folders_are_named(cwd):
     bad.unlink()
     (tree / "val/class2").rename(tree / "val/class9")
     fails("class2|class9")
+
+
+def test_tiny_imagenet_as_it_is_published(cwd, capsys):
+    with pytest.raises(UserError, match="unpack https.*tiny-imagenet-200.zip in data/"):
+        load(dataset="tinyimagenet", data_dir="data")
+    tree = make_tree("data/tiny-imagenet-200", size=64, suffix="JPEG")
+    ids = ["n02", "n01", "n10"]  # of class0, 1 and 2; classes are in the order of the ids
+    (tree / "wnids.txt").write_text("\n".join(ids))
+    (tree / "words.txt").write_text("n01\tgoldfish, Carassius auratus\nn09\tcat\nn02\tbull\n")
+    rows, images = [], tree / "val/images"
+    images.mkdir()
+    for k, name in enumerate(ids):
+        (tree / f"train/class{k}").rename(tree / f"train/{name}")
+        (tree / f"train/{name}/images").mkdir()
+        for path in sorted((tree / f"train/{name}").glob("*.JPEG")):
+            path.rename(path.parent / "images" / path.name)
+        (tree / f"train/{name}/{name}_boxes.txt").write_text("")
+        for path in sorted((tree / f"val/class{k}").iterdir()):
+            rows.append(f"{path.name}\t{name}\t0\t0\t9\t9")
+            path.rename(images / path.name)
+        (tree / f"val/class{k}").rmdir()
+    (tree / "val/val_annotations.txt").write_text("\n".join(rows[::-1]) + "\n")
+    Image.open(images / "val1_0.JPEG").convert("L").save(images / "val1_0.JPEG")  # some are grey
+    data = load(dataset="tinyimagenet", data_dir="data", image_size=None)
+    assert data.classes == ["goldfish", "bull", "n10"] and data.image_size == 64
+    assert data.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert data.test.labels.tolist() == [0, 0, 1, 1, 2, 2] and data.test.images.shape[1] == 64
+    assert (
+        capsys.readouterr().out == f"val: 6 images; 1 L turned to RGB ({images / 'val1_0.JPEG'})\n"
+    )
+    small = load(dataset="tinyimagenet", data_dir="data")  # as for dcd.py --transfer
+    assert small.image_size == 32 and small.num_classes == 3
+
+
+def test_own_mean_and_standard_deviation(cwd):
+    make_tree("tree")
+    usual, own = load(), load(mean=[0.5, 0.4, 0.3], std=[0.1, 0.2, 0.3])
+    images, _ = everything(own.batches("test", 4))
+    raw = pixels(usual, everything(usual.batches("test", 4))[0]) / 255
+    wanted = (raw - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.1, 0.2, 0.3])
+    torch.testing.assert_close(images, wanted.permute(0, 3, 1, 2), rtol=0, atol=1e-4)
+    assert own.fingerprint != usual.fingerprint  # teachers and caches are of other inputs
+    assert load(mean=[0.485, 0.456, 0.406]).fingerprint == usual.fingerprint
 
 
 def test_no_data_and_no_network(cwd, monkeypatch):

@@ -79,6 +79,8 @@ def test_class_means_equal_a_loop_and_name_an_empty_class():
     for k in range(4):
         rows = [x.flatten()[:4].double() for images, y in batches for x in images[y == k]]
         assert close(means[k], sum(rows) / len(rows), 1e-6)
+    own = nd.compute_class_means(Embeds(), batches, 4, embed=lambda net, x: net(x)[0].flatten(1))
+    assert own.shape == (4, 12) and torch.equal(own[:, :4], means)
     with pytest.raises(ValueError, match="class 4"):
         nd.compute_class_means(Embeds(), batches, 5)
 

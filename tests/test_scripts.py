@@ -409,17 +409,33 @@ resnet32x4 ShuffleV2   4.0 0.5  0.5 6.0 0.5  3.0 4.0  8.0 1.5
 """
 
 
-@pytest.mark.parametrize("row", PAPER.strip().splitlines())
+IMAGENET = """
+resnet34   resnet18    2.5 1.0  0.8 0.5 1.0  2.0 1.0  1.0 3.0
+resnet50   resnet18    4.0 1.0  0.6 0.5 2.0  2.0 1.0  3.0 2.0
+resnet101  resnet18    3.5 4.0  0.8 0.5 1.0  2.0 1.0  3.0 1.0
+resnet152  resnet18    4.0 2.0  1.0 1.0 1.0  2.0 1.0  3.0 1.0
+resnet50   MobileNetV1 4.0 1.0  0.8 1.0 1.0  2.0 1.0  8.0 4.0
+vit_b_16   resnet18    2.0 1.0  1.4 0.5 2.0  2.0 1.0  1.0 1.0
+"""
+ROWS = [*PAPER.strip().splitlines(), *(f"{row} imagenet" for row in IMAGENET.strip().splitlines())]
+
+
+@pytest.mark.parametrize("row", ROWS)
 def test_nds_weights_are_the_papers(row):
+    row, dataset = row.removesuffix(" imagenet"), "imagenet" if "imagenet" in row else "cifar100"
     teacher, student, *numbers = row.split()
     kd, nd_kd, alpha, beta, nd_dkd, dist, nd_dist, review, nd_review = map(float, numbers)
     wanted = {"kd": (kd, nd_kd), "dist": (dist, nd_dist), "reviewkd": (review, nd_review)}
     wanted["dkd"] = 1.0, nd_dkd
     for base, weights_of_base in wanted.items():
-        args = parse("nd", f"--teacher {teacher} --student {student} --base {base}")
+        pair = f"--dataset {dataset} --teacher {teacher} --student {student}"
+        args = parse("nd", f"{pair} --base {base}")
         assert (args.kd_weight, args.nd_weight) == weights_of_base
     assert (args.dkd_alpha, args.dkd_beta) == (alpha, beta)
-    other = parse("nd", f"--teacher {teacher} --student resnet14")  # not in the paper: first row
+
+
+def test_a_pair_that_is_not_in_the_paper_takes_the_first_row():
+    other = parse("nd", "--teacher resnet56 --student resnet14")
     assert (other.kd_weight, other.nd_weight) == (1.0, 2.0)
 
 

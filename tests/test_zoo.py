@@ -39,6 +39,8 @@ ZOO = {
     "vgg13": (9462180, 9416010, 72, 512, V, (83.1459, 32.1312, -20.6786)),
     "vgg16": (14774436, 14728266, 93, 512, V, (82.1784, 30.2916, -23.4573)),
     "vgg19": (20086692, 20040522, 114, 512, V, (81.1998, 29.4172, -24.3951)),
+    "MobileNetV1": (3309476, 3217226, 164, 1024, [(128, 8), (256, 4), (512, 2), (1024, 1)],
+                    (163.064, -38.4915, -230.038)),
     "MobileNetV2": (812836, 697546, 320, 1280, [(12, 16), (16, 8), (48, 4), (160, 2)],
                     (215.015, 103.148, -379.372)),
     "ShuffleV1": (949258, 862768, 296, 960, [(240, 16), (480, 8), (960, 4)],
@@ -53,6 +55,7 @@ KEYS = {  # some of the names that published checkpoints use
     "wrn_40_2": "block1.layer.0.convShortcut.weight block3.layer.5.bn2.bias bn1.weight",
     "vgg13": "block0.3.bias block4.4.running_mean classifier.bias",
     "vgg19": "block3.10.num_batches_tracked block2.9.weight",
+    "MobileNetV1": "model.0.0.weight model.1.4.running_var model.13.3.weight fc.weight",
     "MobileNetV2": "conv1.0.weight blocks.3.3.conv.7.bias conv2.1.weight classifier.0.bias",
     "ShuffleV1": "layer2.7.conv2.weight layer1.0.bn3.weight linear.bias",
     "ShuffleV2": "layer1.0.conv5.weight layer2.7.bn3.bias conv2.weight bn2.bias",
@@ -84,6 +87,27 @@ def assert_last_layer_makes_logits_of_embedding(net, logits, features):
 
 
 @torch.no_grad()
+def test_mobilenet_v1_equals_its_definition():
+    net = in_eval("MobileNetV1", 1000)
+    assert sum(p.numel() for p in net.parameters()) == 4231976
+    images, state = torch.randn(2, 3, 64, 64), iter(net.state_dict().values())
+
+    def conv_bn_relu(x, stride=1, groups=1):
+        kernel, scale, shift, mean, variance, _ = (next(state) for _ in range(6))
+        x = torch.nn.functional.conv2d(x, kernel, None, stride, kernel.shape[-1] // 2, 1, groups)
+        wide = (1, -1, 1, 1)
+        x = (x - mean.view(wide)) / (variance.view(wide) + 1e-5).sqrt()
+        return (x * scale.view(wide) + shift.view(wide)).relu()
+
+    x, widths = conv_bn_relu(images, stride=2), []
+    for stride in (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1):
+        x = conv_bn_relu(conv_bn_relu(x, stride, groups=x.shape[1]))
+        widths.append(x.shape[1])
+    assert widths == [64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024]
+    assert torch.allclose(x.mean((2, 3)) @ next(state).T + next(state), net(images), atol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ZOO)
 def test_zoo(name):
     parameters, with_ten, entries, width, maps, golden = ZOO[name]
@@ -102,7 +126,7 @@ def test_zoo(name):
     if name.startswith("wrn"):  # the map after the next BatchNorm
         following = [net.block2.layer[0].bn1, net.block3.layer[0].bn1, net.bn1]
         found = [bn(m) for bn, m in zip(following, features.maps)]
-    elif name not in ("MobileNetV2", "ShuffleV2"):  # the map before its ReLU
+    elif name not in ("MobileNetV1", "MobileNetV2", "ShuffleV2"):  # the map before its ReLU
         assert all(m.min() < 0 for m in features.preact)
         wanted = [m.relu() for m in features.preact]
     assert len(wanted) == len(maps) and all(map(torch.equal, found, wanted))
