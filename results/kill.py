@@ -1,13 +1,16 @@
 """Stop runs at random moments, resume them, and compare their ends with runs left alone.
 
     python results/kill.py --kills 1000 --json results/kills.json
+    mount -t tmpfs -o size=1g tmpfs small
+    python results/kill.py --full-disk small --kills 200 --json results/full_disk.json
 
 Every script in turn, and one with --teacher-cache, on synthetic data. A trial starts a run, stops
 it at a random moment within the length of a whole run (SIGKILL, or SIGTERM, which half of the time
 a second signal follows), resumes it and stops it again, three times in all. Then it resumes to the
 end. The student's weights and every logged number except times must be those of the run that was
 never stopped. Checkpoints are written after nearly every step, so that many stops meet one that is
-being written.
+being written. With --full-disk it is the file system that stops a run: a random part of what a
+whole run needs is free, and everything again for the next attempt.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -45,12 +49,15 @@ COMMANDS = {  # name of a trial's folder -> the command, without --out
 }
 
 
+LOGS = Path(tempfile.mkdtemp())
+
+
 def start(command, out, *more):
     """A process that runs a script; forked, so that it need not import torch."""
     script, *flags = command.replace("OUT", out).split()
 
     def run():
-        with open(f"{out}.log", "a") as log:
+        with open(LOGS / f"{out}.log", "a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         main = importlib.import_module(script).main
@@ -104,22 +111,61 @@ def measure(name: str, kills_wanted: int, rng: random.Random) -> dict:
         good = process.exitcode == 0 and same(ending(out), whole)
         found["identical"] += good
         if not good:
-            print(f"{out}: not the same; its messages are in {out}.log", flush=True)
+            print(f"{out}: not the same; its messages are in {LOGS}/{out}.log", flush=True)
     print(name, found, flush=True)
     return found | {"seconds_of_a_whole_run": round(length, 1)}
+
+
+def with_a_full_disk(name: str, stops_wanted: int, rng: random.Random) -> dict:
+    """As `measure`; the current folder lies on a file system of little room."""
+    command = COMMANDS[name]
+    importlib.import_module(command.split()[0])
+
+    def clear():  # the teacher and the data are written anew in each trial
+        for path in Path(".").iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    clear()
+    free = shutil.disk_usage(".").free
+    start(command, f"{name}-whole").join()
+    whole, needed = ending(f"{name}-whole"), free - shutil.disk_usage(".").free
+    found = dict(stopped=0, finished=0, other_endings=0, trials=0, identical=0)
+    while found["stopped"] < stops_wanted and found["trials"] < stops_wanted:
+        out = f"{name}{found['trials']}"
+        clear()
+        for full in (True, True, True, False):
+            if full:
+                room = shutil.disk_usage(".").free - int(rng.uniform(0, 1.3 * needed))
+                Path("ballast").write_bytes(bytes(max(0, room)))
+            resume = ["--resume"] if Path(out, ".lock").exists() else []
+            (process := start(command, out, *resume)).join()
+            Path("ballast").unlink(missing_ok=True)
+            if full:
+                ending_of = {0: "finished", 2: "stopped"}.get(process.exitcode, "other_endings")
+                found[ending_of] += 1
+        found["trials"] += 1
+        good = process.exitcode == 0 and same(ending(out), whole)
+        found["identical"] += good
+        if not good:
+            print(f"{out}: not the same; its messages are in {LOGS}/{out}.log", flush=True)
+    print(name, found, flush=True)
+    return found | {"bytes_of_a_whole_run": needed}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--full-disk", metavar="DIR", help="a small file system; all in it is deleted"
+    )
     parser.add_argument("--json", type=lambda path: Path(path).absolute())
     options = parser.parse_args()
     torch.set_num_threads(1)  # a process that forks must not have threads
     rng, share = random.Random(options.seed), -(-options.kills // len(COMMANDS))
-    folder = tempfile.mkdtemp()
-    os.chdir(folder)
-    found = {name: measure(name, share, rng) for name in COMMANDS}
+    os.chdir(options.full_disk or tempfile.mkdtemp())
+    trial = with_a_full_disk if options.full_disk else measure
+    found = {name: trial(name, share, rng) for name in COMMANDS}
     found["device"] = common.device_name(torch.device("cpu"))
     found["torch"] = torch.__version__
     print(json.dumps(found, indent=1))
