@@ -216,29 +216,6 @@ def sum_over_ranks(*tensors: Tensor) -> None:
             dist.all_reduce(tensor)
 
 
-def max_over_ranks(*numbers: int) -> list[int]:
-    """The highest value of each number over the ranks: to agree on what to do."""
-    return [max(values) for values in zip(*gather_objects(numbers))]
-
-
-class _AllGather(torch.autograd.Function):
-    """The rows of all ranks. Backward sums the gradients that the ranks' losses have for a row."""
-
-    @staticmethod
-    def forward(ctx, rows, total):
-        ctx.mine = share(total)
-        gathered = rows.new_zeros(total, *rows.shape[1:])
-        gathered[ctx.mine] = rows
-        dist.all_reduce(gathered)  # adds zeros to every row: shares of unequal size need no padding
-        return gathered
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
-        return gradient[ctx.mine], None
-
-
 def broadcast(tensors) -> None:
     """Overwrite each tensor by that of rank 0."""
     if world() > 1:
@@ -1502,7 +1479,8 @@ class Run:
         for name, value in self.objects.items():
             state[name] = value.state_dict() if hasattr(value, "state_dict") else value
             tensors = state[name].values() if isinstance(value, nn.Module) else ()
-            if not all(torch.isfinite(tensor).all() for tensor in tensors):
+            finite = [torch.isfinite(tensor).all() for tensor in tensors]  # read together: one wait
+            if finite and not torch.stack(finite).all():
                 raise diverged(f"a weight of the {name}", len(self.history) + (meter is not None))
         cuda_rng = torch.cuda.get_rng_state() if self.data.device.type == "cuda" else None
         mine = dict(meter=meter and meter.state(), rng=torch.get_rng_state(), cuda_rng=cuda_rng)
@@ -1533,7 +1511,7 @@ class Run:
             self.step_seed = seed * self.steps + number
             yield batch
             late = time.monotonic() - self.last_save > 60 * self.args.save_minutes
-            save, stop = max_over_ranks(int(late), _signals.pending)
+            save, stop = map(max, zip(*gather_objects((late, _signals.pending))))  # all agree
             if stop or (save and number + 1 < last):  # else end_epoch saves, after the test
                 self._save(number + 1, self.meter)
             if stop:
@@ -1554,14 +1532,21 @@ class Run:
 
     def all_gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The tensors of the whole batch [B,...], from this rank's share of it [b,...]; half
-        precision becomes float32. Differentiable."""
+        precision becomes float32. Differentiable, for losses that all ranks compute alike."""
         half = (torch.bfloat16, torch.float16)
         tensors = tuple(t.float() if t.dtype in half else t for t in tensors)
         if world() == 1:
             return tensors
-        total = torch.tensor(len(tensors[0]))  # on the CPU: a GPU would have to finish first
-        sum_over_ranks(total)
-        return tuple(_AllGather.apply(tensor, int(total)) for tensor in tensors)
+        total, gathered = sum(gather_objects(len(tensors[0]))), []
+        mine = share(total)
+        for tensor in tensors:
+            whole = tensor.new_zeros(total, *tensor.shape[1:])
+            whole[mine] = tensor.detach()
+            dist.all_reduce(whole)  # the shares differ in size, and each is zero elsewhere
+            # The loss of every rank has a gradient for these rows: as many as there are ranks.
+            whole[mine] = tensor + (world() - 1) * (tensor - tensor.detach())
+            gathered.append(whole)
+        return tuple(gathered)
 
     def mean_over_ranks(self, loss: Tensor, images: int) -> Tensor:
         """The loss of the whole batch, from the mean over this rank's `images`: differentiable, for
@@ -1593,8 +1578,7 @@ class Run:
         for name, value in self.history[-1].items() if self.board else ():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, self.epoch + 1)
-        [stop] = max_over_ranks(_signals.pending)
-        if stop:
+        if stop := max(gather_objects(_signals.pending)):
             raise Stopped(stop)
         _signals.waiting = False
 
@@ -2039,9 +2023,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data-dir", **folder, default="data", help="folder of the data (default: data)")
     add("--image-size", type=size, metavar="N", help="pixels (default: 32; imagenet: 224)")
     channels = dict(nargs=3, metavar=("R", "G", "B"))
-    add("--mean", type=number(float, 0, 1), **channels, help="mean of the pixels, which are 0 to 1,"
-        " as a foreign teacher needs it (default: the data set's)")
-    add("--std", type=number(float, 0.001, 1), **channels, help="standard deviation, likewise")
+    add("--mean", type=number(float, 0, 1), **channels, help="of pixels (default: the data set's)")
+    add("--std", type=number(float, 0.001, 1), **channels, help="likewise, standard deviation")
     add("--train-size", **count, help="train on N images, as many of each class (default: all)")
     add("--val-size", **count, help="hold N training images out and test on them,"
         " to choose weights without the test set (default: off)")
@@ -2064,18 +2047,15 @@ def add_file_arguments(group) -> None:
     """Seeds, hardware and files, for classification and detection, into a group of a parser."""
     add = group.add_argument
     one = group.add_mutually_exclusive_group().add_argument
-    one("--seed", type=seed, default=0, metavar="N", help="of initial weights, order of batches,"
-        " augmentation and dropout (default: 0)")
+    one("--seed", type=seed, default=0, metavar="N", help="of all that is random (default: 0)")
     one("--seeds", type=seed, nargs="+", metavar="N", help="one run for each; prints mean, spread")
     add("--compare", action="store_true", help="train the baselines too, such as CE alone and KD")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, with losses"
         " in float32 (default: fp32; on GPUs convolutions may use TF32)")
-    add("--device", default="auto", metavar="NAME",
-        help="auto (a GPU if there is one), cpu, cuda, cuda:N or mps (default: auto)")
-    add("--skip-bad-images", action="store_true", help="leave images out that cannot be read, and"
-        " say which (default: stop at the first)")
-    add("--save-minutes", type=positive, default=15.0, metavar="X", help="save within an epoch too,"
-        " every so many minutes (default: 15)")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:N or mps (default: auto)")
+    add("--skip-bad-images", action="store_true", help="leave out what cannot be read, and say it")
+    add("--save-minutes", type=positive, default=15.0, metavar="X", help="X minutes between saves"
+        " within an epoch (default: 15)")
     add("--out", type=file_path, metavar="DIR", help="folder of the run (default:"
         " runs/<script>-<teacher>-<student>-<dataset>-s<seed>)")
     add("--resume", action="store_true", help="continue a stopped run")
