@@ -124,7 +124,8 @@ def run_program(main, argv: list[str] | None = None) -> int:
     with contextlib.suppress(dist.DistError):  # the rank that keeps the count has spoken, and gone
         # All ranks meet the same bad input, and the first that comes here says so.
         if world() == 1 or dist.distributed_c10d._get_default_store().add("errors", 1) == 1:
-            print("error: " + message.replace("\n", " "), file=sys.stderr)
+            line = re.sub(r"[\0-\x1f\x7f-\x9f\u2028\u2029]+", " ", message)  # of file names, too
+            print(f"error: {line}", file=sys.stderr)
     return status
 
 

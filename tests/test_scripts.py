@@ -686,6 +686,7 @@ def test_exit_codes_of_what_is_not_the_users_fault(quick, monkeypatch, capsys):
         (MemoryError(), "out of memory: lower --batch-size"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "lower --batch-size"),
         (RuntimeError("x_cuda does not have a deterministic implementation, but"), "x_cuda"),
+        (common.UserError("a\nb\x1b[2Jc\x1e\x85d\u2028e"), "a b [2Jc d e"),
         (OSError(28, "No space left on device", "some/file"), "some/file: No space left"),
     ):
         loss.side_effect = error
