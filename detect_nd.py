@@ -578,7 +578,10 @@ READ = dict(name=str, file_name=str, area=float, bbox=lambda box: [*map(float, b
 
 
 def _whole(value):
-    return int(value.removesuffix(".0") if isinstance(value, str) else value)
+    whole = int(value.removesuffix(".0") if isinstance(value, str) else value)
+    if whole.bit_length() > 63:
+        raise ValueError(f"{whole} is too large")
+    return whole
 
 
 def _read_table(path, content, notes):

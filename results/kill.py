@@ -165,12 +165,11 @@ def main() -> int:
     rng, share = random.Random(options.seed), -(-options.kills // len(COMMANDS))
     os.chdir(options.full_disk or tempfile.mkdtemp())
     trial = with_a_full_disk if options.full_disk else measure
-    found = {name: trial(name, share, rng) for name in COMMANDS}
-    found["device"] = common.device_name(torch.device("cpu"))
-    found["torch"] = torch.__version__
-    print(json.dumps(found, indent=1))
-    if options.json:
-        common.write_whole(options.json, (json.dumps(found, indent=1) + "\n").encode())
+    found = dict(device=common.device_name(torch.device("cpu")), torch=torch.__version__)
+    for name in COMMANDS:
+        found[name] = trial(name, share, rng)
+        if options.json:  # what is done is kept if this is stopped
+            common.write_whole(options.json, (json.dumps(found, indent=1) + "\n").encode())
     return int(any(found[name]["identical"] != found[name]["trials"] for name in COMMANDS))
 
 

@@ -527,6 +527,7 @@ BAD_INPUT = (  # of which entries of a table the first is changed, how, and what
     ("annotations", dict(bbox=[1, 2, 3, math.nan]), r"annotations\[0\].* bbox: .*NaN"),
     ("annotations", dict(bbox=[1, 2, 3]), r"annotations\[0\].* bbox: not enough values"),
     ("annotations", dict(bbox=None, id=5), r"train2017.json: annotations\[0\] \(5\) bbox: missing"),
+    ("images", dict(width=2**70), r"images\[0\].* width: 1180591620717411303424 is too large"),
     ("annotations", dict(iscrowd="no"), r"annotations\[0\].* iscrowd: .*'no'"),
     ("images", dict(id="ten"), r"images\[0\] \(10.png\) id: .*'ten'"),
     ("images", dict(id=11), r"images\[1\] \(11.png\) id: 11 is that of images\[0\] \(10.png\) too"),

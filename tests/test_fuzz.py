@@ -33,7 +33,8 @@ def flags(script):
     """Every flag of a script, as its source has them."""
     code = Path(common.__file__).with_name(f"{script}.py").read_text()
     code += "" if script == "detect_nd" else Path(common.__file__).read_text()
-    return sorted({f"--{name}" for name in re.findall(r'"--([a-z0-9-]+)"', code)})
+    found = re.findall(r'"--([a-z0-9-]+)"', code)
+    return sorted({f"--{name}" for name in found} - {"--bench-metrics"})  # which is no run
 
 
 def command(script):
