@@ -454,15 +454,17 @@ class VGG(ZooNet):
         return x, maps[1:], preact[1:]  # RepDistiller counts the first block as the stem
 
 
+def _layer(*shape):
+    """A convolution with BatchNorm, activated. shape: `_conv`'s arguments."""
+    return nn.Sequential(_conv(*shape), nn.BatchNorm2d(shape[1]), nn.ReLU())
+
+
 class InvertedResidual(nn.Module):
     def __init__(self, c_in, c_out, stride, expansion):
         super().__init__()
         mid = c_in * expansion
-        self.conv = nn.Sequential(
-            *(_conv(c_in, mid, 1), nn.BatchNorm2d(mid), nn.ReLU()),
-            *(_conv(mid, mid, 3, stride, groups=mid), nn.BatchNorm2d(mid), nn.ReLU()),
-            *(_conv(mid, c_out, 1), nn.BatchNorm2d(c_out)),
-        )
+        wide = *_layer(c_in, mid, 1), *_layer(mid, mid, 3, stride, mid)
+        self.conv = nn.Sequential(*wide, _conv(mid, c_out, 1), nn.BatchNorm2d(c_out))
         self.residual = stride == 1 and c_in == c_out
 
     def forward(self, x):
@@ -477,12 +479,12 @@ class MobileNetV2(ZooNet):
 
     def __init__(self, num_classes):
         super().__init__()
-        self.conv1 = nn.Sequential(_conv(3, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU())
+        self.conv1 = _layer(3, 16, 3, 2)
         self.blocks, c_in = nn.ModuleList(), 16
         for expansion, width, count, stride in self.groups:
             self.blocks.append(_stage(InvertedResidual, count, c_in, width, stride, expansion))
             c_in = width
-        self.conv2 = nn.Sequential(_conv(c_in, 1280, 1), nn.BatchNorm2d(1280), nn.ReLU())
+        self.conv2 = _layer(c_in, 1280, 1)
         self.classifier = nn.Sequential(nn.Linear(1280, num_classes))
         _init_he(self, self.classifier[0])
 
@@ -499,18 +501,14 @@ class MobileNetV1(ZooNet):
 
     def __init__(self, num_classes):
         super().__init__()
-        self.model, c_in = nn.Sequential(self._layer(3, 32, 3, 2)), 32
+        self.model, c_in = nn.Sequential(_layer(3, 32, 3, 2)), 32
         for i, width in enumerate([64, 128, 128, 256, 256, *[512] * 6, 1024, 1024]):
             stride = 2 if i in (1, 3, 5, 11) else 1
-            depthwise = self._layer(c_in, c_in, 3, stride, c_in)
-            self.model.append(nn.Sequential(*depthwise, *self._layer(c_in, width, 1)))
+            depthwise = _layer(c_in, c_in, 3, stride, c_in)
+            self.model.append(nn.Sequential(*depthwise, *_layer(c_in, width, 1)))
             c_in = width
         self.model.append(nn.AdaptiveAvgPool2d(1))
         self.fc = nn.Linear(c_in, num_classes)
-
-    @staticmethod
-    def _layer(*shape):
-        return nn.Sequential(_conv(*shape), nn.BatchNorm2d(shape[1]), nn.ReLU())
 
     def features(self, x):
         outputs = [x := layer(x) for layer in self.model]
@@ -1053,7 +1051,7 @@ def _read_folders(root, args):
     table, names = root / "val/val_annotations.txt", root / "words.txt"
     if table.exists() and (root / "val/images").is_dir():  # Tiny ImageNet's: file, class, a box
         found["val"] = {}
-        for file, k in re.findall(r"^(\S+)\t(\S+)", table.read_text(), re.M):
+        for file, k in re.findall(r"^(\S+)\t(\S+)", table.read_text(errors="replace"), re.M):
             found["val"].setdefault(k, []).append(str(root / "val/images" / file))
     classes, splits, report = sorted({k for by_class in found.values() for k in by_class}), [], ""
     lacking = [k for k in classes if not all(by_class.get(k) for by_class in found.values())]
@@ -1070,7 +1068,7 @@ def _read_folders(root, args):
         splits.append(_read_images(np.array(paths, object), labels, args, odd[split]))
         report += say_what_is_odd(split, len(splits[-1].labels), odd[split])
     if names.exists():
-        named = dict(re.findall(r"^(\S+)\t(.+)", names.read_text(), re.M))
+        named = dict(re.findall(r"^(\S+)\t(.+)", names.read_text(errors="replace"), re.M))
         classes = [named.get(k, k).split(",")[0] for k in classes]
     return splits[0], splits[-1], classes, report
 
