@@ -1083,7 +1083,7 @@ def _files_by_class(root, odd):
         for path in sorted(everything, key=os.path.split):
             if os.path.splitext(path)[1].lower() in extensions:
                 paths.append(path)
-            elif not path.endswith("_boxes.txt") and not os.path.isdir(path):
+            elif not os.path.isdir(path):
                 odd.setdefault("left out, not images", []).append(path)
     return by_class
 
@@ -1895,8 +1895,6 @@ def teacher_checkpoint(path: Path, args, data, train, more_recipe: tuple[str, ..
         print(f"teacher: no {path}; training it for {args.epochs} epochs", flush=True)
         if rank() == 0:
             path.parent.mkdir(exist_ok=True)
-        if not gather_objects(rank() > 0 or os.access(path.parent, os.W_OK))[0]:
-            raise UserError(f"{path.parent}/ cannot be written, where the teacher would be kept")
         with contextlib.suppress(UserError):  # continue with a teacher that was stopped half-way
             last = read_last(Path(args.out) / "last.pt")
             same_data = last["state"].get("data") == data.fingerprint
@@ -2113,11 +2111,8 @@ def _planned_runs(args, baselines, needed):
             if baselines[name].get("method") != args.method:
                 new = baselines[name] | dict(seed=seed_, out=str(out / name))
                 runs.append(argparse.Namespace(**vars(args) | new))
-    if args.resume and len(runs) > 1:
-        for run in runs:
-            run.resume = (Path(run.out) / ".lock").exists()  # those not reached start now
-        if not any(run.resume for run in runs):
-            raise UserError(f"--resume: nothing to resume in {out}")
+    for run in runs[1:] if args.resume else ():  # the first was started first
+        run.resume = (Path(run.out) / ".lock").exists()  # those not reached start now
     wait_for_all()
     return runs
 

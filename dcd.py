@@ -30,7 +30,7 @@ code works, not what DCD gains in 240 epochs. MobileNetV2: CE 19.13 ± 0.14, DCD
 
 Differences from the paper and its code:
  1. No offset on the similarities: it cancels in every softmax, so its gradient is zero.
- 2. ImageNet: tau is trained (code: never), crops as usual (code: areas 0.1 to 1, nearly square).
+ 2. ImageNet: tau is trained (code: never); a crop has 0.08 to 1 of the area (code: 0.1 to 1).
  3. --fixed-temperature 0.07 divides the cosines by 0.07; the published code multiplies by it.
  4. KD is ce + kd (RepDistiller: 0.1 ce + 0.9 kd). The last, smaller batch is used, not dropped.
  5. The probe keeps BatchNorm in eval mode; --transfer-bn batch is the published train mode.

@@ -32,7 +32,7 @@ Differences from the paper and its code (--recipe paper: the code's pair, schedu
  3. jw2_empirical compares student and teacher (code: the student with itself, cost / its maximum).
  4. w2_gaussian has a full covariance too, as in the slides (code: only the diagonal).
  5. kl_gaussian bounds variances from below (code: infinite if a teacher's feature is constant).
- 6. CIFAR-10 has its own mean (code: CIFAR-100's). gromov_w2 is in the code too, but fails there.
+ 6. CIFAR-10 has its own mean and std (code: CIFAR-100's). The code's Gromov-Wasserstein crashes.
 """
 
 import argparse

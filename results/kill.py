@@ -79,6 +79,15 @@ def same(a, b):
     return a[1] == b[1] and all(torch.equal(a[0][key], b[0][key]) for key in b[0])
 
 
+def judge(found, process, out, whole):
+    """Count a trial, and whether its run ended like the whole one."""
+    found["trials"] += 1
+    good = process.exitcode == 0 and same(ending(out), whole)
+    found["identical"] += good
+    if not good:
+        print(f"{out}: not the same; its messages are in {LOGS}/{out}.log", flush=True)
+
+
 def measure(name: str, kills_wanted: int, rng: random.Random) -> dict:
     command = COMMANDS[name]
     importlib.import_module(command.split()[0])
@@ -112,11 +121,7 @@ def measure(name: str, kills_wanted: int, rng: random.Random) -> dict:
                 if Path(out, "last.pt").exists():
                     found["within_an_epoch"] += common.read_checkpoint(f"{out}/last.pt")["step"] > 0
             process.join()
-        found["trials"] += 1
-        good = process.exitcode == 0 and same(ending(out), whole)
-        found["identical"] += good
-        if not good:
-            print(f"{out}: not the same; its messages are in {LOGS}/{out}.log", flush=True)
+        judge(found, process, out, whole)
     print(name, found, flush=True)
     return found | {"seconds_of_a_whole_run": round(length, 1)}
 
@@ -148,11 +153,7 @@ def with_a_full_disk(name: str, stops_wanted: int, rng: random.Random) -> dict:
             if full:
                 ending_of = {0: "finished", 2: "stopped"}.get(process.exitcode, "other_endings")
                 found[ending_of] += 1
-        found["trials"] += 1
-        good = process.exitcode == 0 and same(ending(out), whole)
-        found["identical"] += good
-        if not good:
-            print(f"{out}: not the same; its messages are in {LOGS}/{out}.log", flush=True)
+        judge(found, process, out, whole)
     print(name, found, flush=True)
     return found | {"bytes_of_a_whole_run": needed}
 
