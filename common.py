@@ -1438,10 +1438,12 @@ class Run:
                     broadcast([*module.parameters(), *module.buffers()])
             self._save()
         _signals.saved = True
+        for group in objects["optimizer"].param_groups if self.data.device.type == "cuda" else ():
+            group["fused"] = True  # all parameters in one kernel
         if getattr(args, "compile", False):
             torch.compiler.reset()  # a resumed run must not inherit the kernels of an earlier one
             for network in filter(None, (objects["student"], teacher)):
-                network.compile(dynamic=False)
+                network.compile(dynamic=False, mode="reduce-overhead")  # with CUDA graphs
 
     def _set_aside(self):
         """Move the files of an earlier run to a folder old1, old2, ...: nothing is overwritten."""

@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python results/bench.py --json results/bench.json
     python results/bench.py --only detection --json results/bench.json     or training, metrics
+    python results/bench.py --only compiled --json results/bench.json      on a GPU
 
 A bare step is the student's forward and backward pass, the teacher's forward pass and the optimizer
 on tensors that are ready: no loading, augmentation, distillation loss, metrics or schedule. Every
@@ -65,12 +66,12 @@ def compare(bare, others, rounds):
     return {"images_per_second": rates, "of_bare": of_bare}
 
 
-def rate_of_run(script, command):
-    """What a run of the script reports for its second and last epoch."""
+def rate_of_run(script, command, epochs=2):
+    """What a run of the script reports: the median of the second half of its epochs."""
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-        script.main([*command.split(), "--epochs", "2", "--out", f"{out}/run"])
-        last = Path(out, "run/metrics.jsonl").read_text().splitlines()[-1]
-    return json.loads(last)["images_per_second"]
+        script.main([*command.split(), "--epochs", str(epochs), "--out", f"{out}/run"])
+        lines = Path(out, "run/metrics.jsonl").read_text().splitlines()[epochs // 2 :]
+    return statistics.median(json.loads(line)["images_per_second"] for line in lines)
 
 
 def bare_step(options, device, layout=torch.channels_last, precision="fp32", teacher=True):
@@ -173,6 +174,29 @@ def detection(options, device):
     return compare(lambda: args.batch_size / seconds(step, options.steps), others, options.rounds)
 
 
+def compiled(options, device):
+    """Runs of KD++ without and with `--compile`, and how long 240 epochs of CIFAR-100 would take:
+    from the steps alone, without starting, compiling and testing."""
+    torch.save(common.build_model(options.teacher, 24).state_dict(), "teacher.pth")
+    common.evaluate = lambda *_: 50.0  # any teacher passes
+    rates = {}
+    for flags, size in itertools.product(("", "--compile"), (64, 128)):
+        command = f"--teacher {options.teacher} --student {options.student} --batch-size {size}"
+        command += f" --dataset shapes --teacher-ckpt teacher.pth {flags}"
+        name = f"{flags.removeprefix('--') or 'eager'}, batch {size}"
+        rates[name] = rate_of_run(importlib.import_module("nd"), command, options.epochs)
+        print(f"{name}: {rates[name]:.0f} images/s, 240 epochs: {2e5 / rates[name]:.1f} min")
+    return {"images_per_second": {name: [rate] for name, rate in rates.items()}}
+
+
+def compiled_table(part):
+    """Markdown: rates, and minutes for 240 epochs of 50,000 images."""
+    lines = ["| step of KD++ | images/s | 240 epochs of CIFAR-100 |", "|---|---|---|"]
+    for name, [rate] in part["images_per_second"].items():
+        lines.append(f"| {name} | {rate:,.0f} | {240 * 50_000 / rate / 60:.1f} min |")
+    return "\n".join(lines)
+
+
 def rate_table(part):
     """Markdown: the median rates, and the ratios to the bare step."""
     rates = {name: statistics.median(values) for name, values in part["images_per_second"].items()}
@@ -199,7 +223,8 @@ def metric_table(part):
 def table(found, part):
     """A table of results/README.md, from what is in bench.json."""
     measured = found if part == "training" else found[part]
-    return metric_table(measured) if part == "metrics" else rate_table(measured)
+    tables = {"metrics": metric_table, "compiled": compiled_table}
+    return tables.get(part, rate_table)(measured)
 
 
 def main():
@@ -209,7 +234,8 @@ def main():
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=("training", "metrics", "detection"))
+    parser.add_argument("--epochs", type=int, default=30, help="of each run of --only compiled")
+    parser.add_argument("--only", choices=("training", "metrics", "detection", "compiled"))
     parser.add_argument("--json", type=os.path.abspath, help="updated with what is measured")
     options = parser.parse_args()
     device = common.pick_device("auto")
@@ -218,7 +244,8 @@ def main():
     found = json.loads(Path(options.json).read_text()) if os.path.exists(options.json or "") else {}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        for measure in (training, metrics, detection):
+        parts = [training, metrics, detection] + [compiled] * (device.type == "cuda")
+        for measure in parts:
             name = measure.__name__
             if options.only in (None, name):
                 part = measure(options, device) | common.environment(device)
