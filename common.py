@@ -80,7 +80,7 @@ _ADVICE = {  # words of an error that is not a bug of this program -> what the u
     " --workers and continue with --resume",
     "deterministic implementation": "--deterministic is not possible on this GPU",
     "torch._dynamo|torch._inductor": "torch.compile does not work here; leave --compile out",
-    "ncclInvalidUsage": "two ranks cannot share a GPU; start as many as there are GPUs",
+    "ncclInvalidUsage": "two ranks cannot share a GPU; --nproc_per_node must be the number of GPUs",
     r"closed by peer|reset by peer|Broken pipe|Dist\w*Error": _LOST_RANK,
 }
 
@@ -164,15 +164,12 @@ def join_ranks(argv: list[str]):
     if os.environ.get("WORLD_SIZE", "1") == "1" or not all(name in os.environ for name in names):
         yield
         return
-    on_cpu = "--device cpu" in " ".join(argv).replace("=", " ")
-    gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    on_cpu, gpus = "--device cpu" in " ".join(argv).replace("=", " "), torch.cuda.device_count()
     backend = "gloo" if on_cpu or not gpus else "cpu:gloo,cuda:nccl"
     # One rank may read data for hours while the others wait. torchrun ends all when one dies.
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     if backend != "gloo":
-        if 1 < gpus < here:  # one visible GPU: each rank may have been given its own
-            raise UserError(f"torchrun: {here} ranks for {gpus} GPUs; use --nproc_per_node={gpus}")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)  # a rank may see its own only
     with open(os.devnull, "w", errors="replace") as nowhere:
         out, err = (nowhere, nowhere) if rank() > 0 else (sys.stdout, sys.stderr)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -197,12 +194,10 @@ def wait_for_all() -> None:
 def one_rank_first():
     """The first rank of each machine runs the body, then the others, which find its files."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0 or world() == 1
-    if not first:
+    for turn_of_first in (True, False):
+        if first == turn_of_first:
+            yield
         wait_for_all()
-    yield
-    if first:
-        wait_for_all()
-    wait_for_all()
 
 
 def share(count: int) -> slice:
@@ -507,7 +502,6 @@ class MobileNetV1(ZooNet):
             depthwise = _layer(c_in, c_in, 3, stride, c_in)
             self.model.append(nn.Sequential(*depthwise, *_layer(c_in, width, 1)))
             c_in = width
-        self.model.append(nn.AdaptiveAvgPool2d(1))
         self.fc = nn.Linear(c_in, num_classes)
 
     def features(self, x):
@@ -697,10 +691,8 @@ def _what_is_wrong(path, error):
         return "a web page and no checkpoint: download the file itself"
     if start.startswith(b"version https://git-lfs"):
         return "a pointer of Git LFS and no checkpoint: fetch the file with `git lfs pull`"
-    is_archive = tarfile.is_tarfile(path)
-    with contextlib.suppress(Exception):  # zipfile names no set of errors for a damaged file
-        is_archive |= not any(n.endswith("data.pkl") for n in zipfile.ZipFile(path).namelist())
-    if is_archive:
+    plain_zip = zipfile.is_zipfile(path) and b"data.pkl" not in path.read_bytes()
+    if tarfile.is_tarfile(path) or plain_zip:
         return "an archive: unpack it, and name the checkpoint in it"
     if "GLOBAL" in str(error):
         return "holds Python objects, which would run as code; save its state dict alone"
@@ -748,10 +740,9 @@ def load_weights(model: nn.Module, path: str | Path, state: dict | None = None) 
         if found != expected:
             misfit = f"{key} is {found} there and {expected} in this network"
             raise UserError(f"{path}: another architecture or number of classes: {misfit}")
-    if any(value.layout != torch.strided or value.is_quantized for value in state.values()):
-        raise UserError(f"{path}: its tensors are not plain numbers; save dense ones")
-    if not all(torch.isfinite(value.float()).all() for value in state.values()):
-        raise UserError(f"{path}: some of its weights are infinite or nan")
+    dense = all(v.layout == torch.strided and not v.is_quantized for v in state.values())
+    if not dense or not all(torch.isfinite(v.float()).all() for v in state.values()):
+        raise UserError(f"{path}: its weights are sparse, quantized, infinite or nan")
     model.load_state_dict(state)
 
 
@@ -796,10 +787,8 @@ class Data:
         self.workers = cores() if workers is None else workers
         self.train_images, self.test_images = len(train.labels), len(test.labels)
         self.fingerprint = self._digest(train, test)[:16]
-        self.train, self.test = (
-            Split(*(x.to(device) if torch.is_tensor(x) else x for x in split))
-            for split in (train, test)
-        )
+        splits = [[x.to(device) if torch.is_tensor(x) else x for x in s] for s in (train, test)]
+        self.train, self.test = (Split(*split) for split in splits)
         mean, std = (torch.tensor(s, device=device).view(1, 3, 1, 1) for s in stats)
         self.mean, self.std = mean * 255, std * 255
         self.pad = image_size // 8  # 4 at 32 pixels
@@ -984,9 +973,8 @@ def _read_data(args, device):
     data.report = report
     if stats != STATS[name]:  # other pixels for the networks
         data.fingerprint = hashlib.sha256(f"{data.fingerprint}{stats}".encode()).hexdigest()[:16]
-    for label, images in enumerate(train.labels.bincount(minlength=len(classes)).tolist()):
-        if not images:
-            raise UserError(f"--data-dir: class {classes[label]} has no readable training image")
+    for label in set(range(len(classes))) - set(train.labels.tolist()):
+        raise UserError(f"--data-dir: class {classes[label]} has no readable training image")
     return data
 
 
@@ -1048,7 +1036,7 @@ def _read_folders(root, args):
         folders = {"train": root}
     odd = {split: {} for split in folders}
     found = {split: _files_by_class(path, odd[split]) for split, path in folders.items()}
-    table, names = root / "val/val_annotations.txt", root / "words.txt"
+    table = root / "val/val_annotations.txt"
     if table.exists() and (root / "val/images").is_dir():  # Tiny ImageNet's: file, class, a box
         found["val"] = {}
         for file, k in re.findall(r"^(\S+)\t(\S+)", table.read_text(errors="replace"), re.M):
@@ -1058,18 +1046,14 @@ def _read_folders(root, args):
     if lacking or len(classes) < 2:
         missing = ", ".join(lacking) or "at least two classes are needed"
         where = f"{root}/train/<class>/, {root}/val/<class>/"
-        advice = "shapes needs no files"
-        if args.dataset == "tinyimagenet":
-            advice = f"unpack {TINY_IMAGENET} in {root.parent}/"
+        tiny = args.dataset == "tinyimagenet"
+        advice = f"unpack {TINY_IMAGENET} in {root.parent}/" if tiny else "shapes needs no files"
         raise UserError(f"--data-dir: no images in {where}: {missing} ({advice})")
     for split, by_class in found.items():
         paths = [path for k in classes for path in by_class[k]]
         labels = torch.tensor([label for label, k in enumerate(classes) for _ in by_class[k]])
         splits.append(_read_images(np.array(paths, object), labels, args, odd[split]))
         report += say_what_is_odd(split, len(splits[-1].labels), odd[split])
-    if names.exists():
-        named = dict(re.findall(r"^(\S+)\t(.+)", names.read_text(errors="replace"), re.M))
-        classes = [named.get(k, k).split(",")[0] for k in classes]
     return splits[0], splits[-1], classes, report
 
 
@@ -1256,17 +1240,15 @@ def save_whole(path: Path, state) -> None:
 def cached(path: Path | None, made_by, compute, *args):
     """The value in the file at `path` if it was `made_by` the very same things; else what
     `compute(*args)` returns on all ranks together, which is saved there (None: nowhere)."""
-    if path is None:
-        return compute(*args)
     saved = None
     with contextlib.suppress(UserError):  # a missing or damaged file is made anew
-        saved = read_checkpoint(path) if rank() == 0 else None
+        saved = read_checkpoint(path) if path and rank() == 0 else None
     saved = gather_objects(saved)[0]
     if isinstance(saved, dict) and saved.get("made_by") == made_by:
         return saved["value"]
     value = compute(*args)
     try:
-        if rank() == 0:
+        if path and rank() == 0:
             save_whole(path, {"made_by": made_by, "value": value})
     except OSError as error:
         print(f"note: {path} cannot be written ({error}), so it is not cached", file=sys.stderr)
@@ -1320,8 +1302,6 @@ class TeacherCache:
         paths = {self._path(epoch, n) for epoch in range(epochs) for n in range(self.steps)}
         self.folder.mkdir(parents=True, exist_ok=True)
         missing = len(paths - set(self.folder.iterdir())) / len(paths)
-        if missing and not os.access(self.folder, os.W_OK):
-            raise UserError(f"--teacher-cache {self.folder}: cannot be written")
         free = shutil.disk_usage(self.folder).free / 1e9
         whole = 4e-9 * epochs * self.steps * math.prod(self.shape)
         size = f"{whole:.2f} GB a rank, of which {100 * missing:.0f} % are still to compute"
@@ -1372,9 +1352,8 @@ class Run:
 
     Args: args: the command line; data: from `load_data`; figures: PNG files that the script draws.
     Raises: UserError if --resume finds no run or a different one, or if the folder is in use.
-    Attributes: dir; history: the metrics of every epoch; step, total_steps: number of this step of
-        the whole run, from 0, and of all; step_seed: another for every seed and step, alike on all
-        ranks."""
+    Attributes: step: of the whole run, from 0; total_steps; history: the metrics of every epoch;
+        step_seed: another for every seed and step, alike on all ranks."""
 
     def __init__(self, args, data, figures: tuple[str, ...] = ()):
         self.args, self.data, self.dir = args, data, Path(args.out)
@@ -1389,9 +1368,9 @@ class Run:
             self.saved = read_last(self.last)
             then, now = self.saved["args"], lasting(args)
             if changed := _changed(then, now):
-                flags = {k: "number of ranks" if k == "ranks" else flag(k) for k in changed}
-                was = ", ".join(f"{flags[k]} {then.get(k)} (now {now[k]})" for k in changed)
-                raise UserError(f"--resume: {self.dir} was started with {was}: give the same again")
+                was = [f"--{k.replace('_', '-')} {then.get(k)} (now {now[k]})" for k in changed]
+                started = f"{self.dir} was started with {', '.join(was)}"
+                raise UserError(f"--resume: {started}: give the same again")
         elif args.resume and not (self.dir / ".lock").exists():
             raise UserError(f"--resume: nothing to resume in {self.dir} (no last.pt)")
         wait_for_all()
@@ -1594,7 +1573,7 @@ class Run:
         """Write `student.pt` and `result.json`, with `more` in it. Returns: the result."""
         args, data, lines = self.args, self.data, self.history
         seconds = sum(line["seconds"] for line in lines)
-        images = sum(line["images_per_second"] * line["seconds"] for line in lines)
+        rate = sum(line["images_per_second"] * line["seconds"] for line in lines) / seconds
         result = {name: getattr(args, name) for name in ("method", "dataset", "teacher", "student")}
         result |= dict(seed=args.seed, epochs=self.num_epochs, world_size=world())
         result |= dict(train_images=data.train_images, test_images=data.test_images)
@@ -1603,8 +1582,7 @@ class Run:
             result["student_top1"] = lines[-1]["test_top1"]
             result["teacher_top1"] = self.teacher.top1 if self.teacher is not None else None
         kept = {k: v for k, v in vars(args).items() if k not in ("resume", "compare", "seeds")}
-        rate = round(images / seconds, 1)
-        result |= more | dict(seconds=round(seconds, 3), images_per_second=rate)
+        result |= more | dict(seconds=round(seconds, 3), images_per_second=round(rate, 1))
         result |= dict(script=f"{args.script}.py", argv=sys.argv[1:], args=kept)
         result |= environment(data.device)
         self._write_logs()  # again: a stop may have come between last.pt and it
@@ -1612,9 +1590,7 @@ class Run:
             student = self.objects["student"].state_dict()
             save_whole(self.dir / "student.pt", {k: v.cpu() for k, v in student.items()})
             path = self.dir / "result.json"
-            try:  # a finished run that was resumed keeps the commit and the machine of its training
-                json.loads(path.read_text())
-            except (OSError, ValueError):
+            if not path.exists():  # a finished run, resumed, keeps its commit and its machine
                 write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
         wait_for_all()  # the files are there
         return result
@@ -1632,9 +1608,9 @@ def environment(device) -> dict:
     commit = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    versions = {"python": sys.version.split()[0]}
-    versions |= {module.__name__: module.__version__ for module in (torch, torchvision, np)}
+    modules = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
     tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32  # of convolutions, under fp32
+    versions = {"python": sys.version.split()[0]} | modules
     return dict(commit=commit, versions=versions, device=device_name(device), tf32=tf32)
 
 
@@ -1644,9 +1620,8 @@ def diverged(what: str, epoch: int) -> UserError:
 
 
 class Meter:
-    """Means of the loss terms over an epoch, the progress line, and the watch for nan. Each step
-    leaves a row of values on the device. They are read together, twice a second and before anything
-    is saved, so that a GPU is rarely waited for."""
+    """Means of the loss terms over an epoch, the progress line, and the watch for nan. The values
+    stay on the device and are read together twice a second, so that a GPU is rarely waited for."""
 
     def __init__(self, run, saved: dict | None):
         self.run, self.rows, self.shown = run, [], time.perf_counter()
@@ -1727,10 +1702,6 @@ class Meter:
         print(f"\r{line}\x1b[K" if self.live else line, end=end, flush=True)
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 # --- Evaluation, figures and the teacher -----------------------------------------------------
 # Every script evaluates alike, and every method must be able to name its teacher: one from a file,
 # one with published weights, or one that the script trains first and every later run reuses.
@@ -1789,12 +1760,8 @@ def pyplot(asked_by: str = "--plot"):
     """matplotlib's pyplot, drawing into files. Raises: UserError if it is not installed."""
     plt = optional("matplotlib.pyplot", asked_by)
     plt.switch_backend("agg")
+    plt.rcParams["text.parse_math"] = False  # in a class name, $ is a letter
     return plt
-
-
-def as_text(name: str) -> str:
-    """A class name for matplotlib, to which $ begins a formula and a leading _ hides a label."""
-    return " " + name.replace("$", r"\$")
 
 
 def save_figure(figure, path: Path) -> None:
@@ -1977,7 +1944,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, recipes: dict) -> None
     add("--teacher", **network, help=f"network {default('teacher')}")
     add("--student", **network, help=f"network {default('student')}")
     add("--epochs", **count, help=f"LR milestones and warm-up scale with it {default('epochs')}")
-    add("--batch-size", **count, help=f"images a step {default('batch_size')}")
+    add("--batch-size", type=number(int, 2, 2**31 - 1), metavar="N",
+        help=f"images a step; BatchNorm needs two {default('batch_size')}")
     add("--lr", **real, help=f"learning rate {default('lr')},"
         f" for MobileNet and ShuffleNet {default('small_lr')}")
     momentum = number(float, 0, 0.9999)
@@ -2008,8 +1976,6 @@ def fill_recipe(args, recipe: dict) -> None:
     args.teacher_lr = args.teacher_lr or default_lr(args.teacher)
     args.teacher_epochs = args.teacher_epochs or args.epochs
     args.nesterov = args.nesterov and args.momentum > 0
-    if args.batch_size < 2:
-        raise UserError("--batch-size 1: BatchNorm and losses between images need 2 or more")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -2082,8 +2048,6 @@ def launch(distill, args, baselines: dict, needed: tuple[str, ...] = ()):
     for path in filter(None, (args.eval, args.teacher_ckpt)):
         read_checkpoint(path)  # fail before the data is read
     if args.eval:
-        if args.resume or args.compare or args.seeds or getattr(args, "plot", False):
-            raise UserError("--eval trains nothing: leave --resume, --compare, --seeds, --plot out")
         data = load_data(args)
         student = build_for(data, args.student)
         load_weights(student, args.eval)
@@ -2123,9 +2087,8 @@ def summary(results: list[dict]) -> str:
     """A Markdown table of the runs of one command: a row a method, last epoch, mean and spread."""
     first = results[0]
     score, unit = ("student_top1", "top-1 %") if "student_top1" in first else ("student_ap", "AP")
-    teacher = first["teacher"] or "no teacher"
-    if first["teacher"]:
-        teacher += f" ({first[score.replace('student', 'teacher')]:.2f})"
+    top = first.get(score.replace("student", "teacher"))
+    teacher = f"{first['teacher']} ({top:.2f})" if first["teacher"] else "no teacher"
     data = f"{first['dataset']}, {first['train_images']:,} training images"
     lines = [f"{data}, {first['epochs']} epochs, {teacher} -> {first['student']}\n"]
     lines.append(f"| method | n | {unit} | lowest, highest |\n|---|---|---|---|")

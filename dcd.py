@@ -315,7 +315,7 @@ def draw_embeddings(student, teacher, data, path) -> None:
         x, y = (u * lengths)[:, :2].T.cpu().numpy()  # coordinates along the components
         for k in labels.unique().tolist():
             mine = (labels == k).cpu().numpy()
-            axis.scatter(x[mine], y[mine], s=6, label=common.as_text(data.classes[k]))
+            axis.scatter(x[mine], y[mine], s=6, label=" " + data.classes[k])
         axis.set(title=f"{name}: embeddings, two principal components", xticks=[], yticks=[])
     axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     common.save_figure(figure, path)

@@ -887,7 +887,7 @@ def evaluate_file(args) -> None:
         names = ("student", "image_size", "smallest_anchor", "regions", "fpn_width")
         settings, classes = {name: result["args"][name] for name in names}, result["classes"]
         args = argparse.Namespace(**{**vars(args), **settings})
-        print("as trained:", *(f"{common.flag(name)} {v}" for name, v in settings.items()))
+        print("as trained:", *(f"--{name.replace('_', '-')} {v}" for name, v in settings.items()))
     if not args.predict:
         data = load_detection_data(args)
         student = load_detector(args.student, data.num_classes, args, args.eval).to(data.device)

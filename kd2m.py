@@ -506,7 +506,7 @@ def draw_features(data, student, projector, teacher, path) -> None:
         plane = torch.linalg.svd(basis - basis.mean(0), full_matrices=False)[2][:2]  # [2,D]
         points = ((x - basis.mean(0)) @ plane.T).cpu()  # [B,2]
         for k in labels.unique().tolist():
-            axis.scatter(*points[labels.cpu() == k].T, s=8, label=common.as_text(data.classes[k]))
+            axis.scatter(*points[labels.cpu() == k].T, s=8, label=" " + data.classes[k])
         axis.set_title(name)
     axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     common.save_figure(figure, path)

@@ -255,7 +255,7 @@ def draw_similarities(args, data, teacher, student, path) -> None:
     for axis, name, q, matrix in zip(axes, names, flat, matrices):
         image = axis.imshow(matrix, vmin=0, vmax=np.quantile(matrices, 0.995))
         axis.set_title(f"{name}\nSP to the teacher: {sp_loss(q, flat[0]):.2e}")
-        axis.set_xticks(starts, [common.as_text(data.classes[k]) for k in classes], rotation=90)
+        axis.set_xticks(starts, [data.classes[k] for k in classes], rotation=90)
     axes[0].set_ylabel(f"{len(labels)} test images, sorted by class")
     figure.colorbar(image, ax=axes, label="similarity of two images (entry of G)")
     common.save_figure(figure, path)

@@ -238,11 +238,16 @@ def test_more_ranks_than_gpus(monkeypatch, capsys):
     for name, value in zip(names, (3, 4, 4, 3, "localhost", 1)):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    started = []
+    started, chosen = [], []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **_: started.extend(a))
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
-    assert common.run_program(sp.main, ["--epochs", "1"]) == 2
-    assert "--nproc_per_node=2" in capsys.readouterr().err and "nccl" in started.pop()
+
+    def as_nccl_does(_):
+        raise torch.distributed.DistBackendError("NCCL error: ncclInvalidUsage\nDuplicate GPU")
+
+    assert common.run_program(as_nccl_does, []) == 2 and chosen == [1] and "nccl" in started.pop()
+    assert "--nproc_per_node must be the number of GPUs" in capsys.readouterr().err
     common.run_program(lambda _: None, ["--device", "cpu"])  # on the CPU, no GPU is needed
     common.run_program(lambda _: None, ["--device=cpu"])
     assert started == ["gloo", "gloo"]
