@@ -687,10 +687,8 @@ def read_checkpoint(path: str | Path):
 
 def _what_is_wrong(path, error):
     start = path.read_bytes()[:100].lstrip()
-    if start.startswith(b"<"):
-        return "a web page and no checkpoint: download the file itself"
-    if start.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS and no checkpoint: fetch the file with `git lfs pull`"
+    if start.startswith((b"<", b"version https://git-lfs")):
+        return "a web page or a pointer of Git LFS, and no checkpoint: download the file itself"
     plain_zip = zipfile.is_zipfile(path) and b"data.pkl" not in path.read_bytes()
     if tarfile.is_tarfile(path) or plain_zip:
         return "an archive: unpack it, and name the checkpoint in it"
@@ -1054,6 +1052,9 @@ def _read_folders(root, args):
         labels = torch.tensor([label for label, k in enumerate(classes) for _ in by_class[k]])
         splits.append(_read_images(np.array(paths, object), labels, args, odd[split]))
         report += say_what_is_odd(split, len(splits[-1].labels), odd[split])
+    if (words := root / "words.txt").exists():  # Tiny ImageNet's names of its classes
+        named = dict(re.findall(r"^(\S+)\t(.+)", words.read_text(errors="replace"), re.M))
+        classes = [named.get(k, k).split(",")[0] for k in classes]
     return splits[0], splits[-1], classes, report
 
 
@@ -1366,11 +1367,10 @@ class Run:
         wait_for_all()  # nobody reads what an earlier run is still writing
         if args.resume and self.last.exists():
             self.saved = read_last(self.last)
-            then, now = self.saved["args"], lasting(args)
-            if changed := _changed(then, now):
-                was = [f"--{k.replace('_', '-')} {then.get(k)} (now {now[k]})" for k in changed]
-                started = f"{self.dir} was started with {', '.join(was)}"
-                raise UserError(f"--resume: {started}: give the same again")
+            old, now = self.saved["args"], lasting(args)
+            if new := _changed(old, now):
+                was = ", ".join(f"--{k.replace('_', '-')} {old.get(k)} (now {now[k]})" for k in new)
+                raise UserError(f"--resume: {self.dir} was started with {was}: give the same again")
         elif args.resume and not (self.dir / ".lock").exists():
             raise UserError(f"--resume: nothing to resume in {self.dir} (no last.pt)")
         wait_for_all()

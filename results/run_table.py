@@ -3,6 +3,7 @@
     python results/run_table.py                              all that is missing, one by one
     python results/run_table.py --only kd,kdpp --seeds 0 --cache cache
     python results/run_table.py --list                       what is there and what is missing
+    python results/run_table.py --student resnet20 --compile on a GPU
 
 Every row has RepDistiller's recipe (batch 64, learning rate 0.05, no Nesterov momentum, weight
 decay 5e-4) at a tenth of its length (24 epochs, LR milestones at 15, 18 and 21), all 50,000
@@ -10,6 +11,7 @@ images, the published resnet56 as teacher, and the default weights of its method
 that was stopped continues. Each leaves its result and its log in `results/cifar100-24ep/`.
 
 To add a row, add a line to ROWS. Several programs may work at a time, on different rows or seeds.
+Flags that are not listed below, such as --compile or --device, go to the scripts as they are.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RECIPE = (
-    "--epochs 24 --batch-size 64 --lr 0.05 --no-nesterov --weight-decay 0.0005"
+    "--batch-size 64 --lr 0.05 --no-nesterov --weight-decay 0.0005"
     " --teacher resnet56 --pretrained-teacher"
 )
 ROWS = {  # name -> script and the flags of the method; in the order in which they are run
@@ -48,29 +50,32 @@ ROWS = {  # name -> script and the flags of the method; in the order in which th
     "reviewkdpp": ("nd", "--base reviewkd"),
 }
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+layout = argparse.RawTextHelpFormatter
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
 parser.add_argument("--only", help="names of rows, with commas (default: all)")
 parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
 parser.add_argument("--student", default="resnet8")
+parser.add_argument("--epochs", default="24", help="240 is the recipe's own length")
 parser.add_argument("--data-dir", default="data")
 parser.add_argument("--runs", type=Path, default=Path("runs/table"), help="folder of the runs")
 parser.add_argument("--cache", help="folder for the teacher's answers (--teacher-cache)")
 parser.add_argument("--list", action="store_true", help="only say what is there")
-options = parser.parse_args()
+options, more = parser.parse_known_args()
 names = options.only.split(",") if options.only else list(ROWS)
 if unknown := [name for name in names if name not in ROWS]:
     parser.error(f"--only {unknown[0]}: one of {', '.join(ROWS)}")
-folder = ROOT / "results" / "cifar100-24ep"
+folder = ROOT / "results" / f"cifar100-{options.epochs}ep"
 for name in names:
     for seed in options.seeds:
         script, flags = ROWS[name]
         target = folder / f"{options.student}-{name}-s{seed}"
-        out = options.runs / target.name
+        out = options.runs / options.epochs / target.name
         if target.with_suffix(".json").exists() or options.list:
             print(target.name, "is there" if target.with_suffix(".json").exists() else "missing")
             continue
-        command = f"{script}.py {flags} {RECIPE} --student {options.student} --seed {seed}"
-        command = [sys.executable, *shlex.split(command), "--data-dir", options.data_dir]
+        command = f"{script}.py {flags} {RECIPE} --epochs {options.epochs} --seed {seed}"
+        command = [sys.executable, *shlex.split(command), "--student", options.student, *more]
+        command += ["--data-dir", options.data_dir]
         command += ["--out", str(out), *(["--resume"] if (out / "last.pt").exists() else [])]
         if options.cache and name != "ce":
             command += ["--teacher-cache", options.cache]

@@ -290,6 +290,7 @@ def test_tiny_imagenet_as_it_is_published(cwd, capsys):
     tree = make_tree("data/tiny-imagenet-200", size=64, suffix="JPEG")
     ids = ["n02", "n01", "n10"]  # of class0, 1 and 2; classes are in the order of the ids
     (tree / "wnids.txt").write_text("\n".join(ids))
+    (tree / "words.txt").write_text("n01\tgoldfish, Carassius auratus\nn09\tcat\nn02\tbull\n")
     rows, images = [], tree / "val/images"
     images.mkdir()
     for k, name in enumerate(ids):
@@ -305,7 +306,7 @@ def test_tiny_imagenet_as_it_is_published(cwd, capsys):
     (tree / "val/val_annotations.txt").write_text("\n".join(rows[::-1]) + "\n")
     Image.open(images / "val1_0.JPEG").convert("L").save(images / "val1_0.JPEG")  # some are grey
     data = load(dataset="tinyimagenet", data_dir="data", image_size=None)
-    assert data.classes == ["n01", "n02", "n10"] and data.image_size == 64
+    assert data.classes == ["goldfish", "bull", "n10"] and data.image_size == 64
     assert data.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert data.test.labels.tolist() == [0, 0, 1, 1, 2, 2] and data.test.images.shape[1] == 64
     printed = capsys.readouterr().out

