@@ -23,10 +23,10 @@ Weights 1, 1, 0 (DCD+KD: 1, 1, 1), alpha 0.5; kd is Hinton's at temperature 4.
     python dcd.py --kd-weight 1 --compare --seeds 0 1 2     # DCD+KD, KD and CE, 3 seeds each
     python dcd.py --transfer stl10 --student-ckpt runs/NAME/student.pt    # linear probe, new images
 
-Measured on CIFAR-100, resnet56 (69.56 %) -> resnet8, in a small budget (--student resnet8
---train-size 10000 --epochs 15): top-1 % after the last epoch, mean ± standard deviation over seeds
-0, 1, 2. CE 24.03 ± 0.14, KD 32.03 ± 0.44, DCD 31.44 ± 0.51, DCD+KD 34.79 ± 0.52. It shows that the
-code works, not what DCD gains in 240 epochs. MobileNetV2: CE 19.13 ± 0.14, DCD 23.49 ± 0.29.
+Measured on CIFAR-100, resnet56 (72.6 %) -> resnet20, all images, 24 epochs (a tenth of the usual
+length): top-1 % after the last epoch, mean ± standard deviation over seeds 0, 1, 2. CE 61.38 ±
+0.22, KD 63.71 ± 0.21, DCD+KD 64.82 ± 0.41. What DCD gains in 240 epochs was not measured.
+MobileNetV2, 10,000 images, 15 epochs: CE 19.13 ± 0.14, KD 24.48 ± 1.03, DCD 23.49 ± 0.29.
 
 Differences from the paper and its code:
  1. No offset on the similarities: it cancels in every softmax, so its gradient is zero.

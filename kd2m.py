@@ -18,9 +18,9 @@ The distance is one of METRICS. Compare it with mse, which pairs each image with
     python kd2m.py --recipe paper --dataset svhn --metric cw2_empirical
     python kd2m.py --bench-metrics                                  # what each metric costs
 
-Measured: CIFAR-100 test top-1 (%) of the last epoch, mean ± standard deviation, n = 3 seeds, in a
-small budget: resnet56 (69.56) -> resnet8, 10,000 training images, 15 epochs, weights not tuned.
-It shows that the code works, not what a metric gains in 240 epochs.
+Measured: CIFAR-100 test top-1 (%) of the last epoch, mean ± standard deviation, n = 3 seeds. All
+images, 24 epochs, resnet56 -> resnet20: CE 61.38 ± 0.22, KD 63.71 ± 0.21, mse 65.37 ± 0.48. With
+10,000 images, 15 epochs, resnet8 (it shows that the code works, not a gain in 240 epochs):
     CE            24.03 ± 0.14    cw2_empirical 35.07 ± 0.94    mmd_rbf       23.16 ± 0.42
     KD            32.03 ± 0.44    cw2_gaussian  35.29 ± 0.43    w2_gaussian   21.22 ± 1.29
     mse           35.29 ± 0.35    jw2_empirical 27.14 ± 0.47    kl_gaussian   19.03 ± 1.39

@@ -20,9 +20,9 @@ direction = mean_i [ 1 - cos(s, e) ] and/or norm = mean_i [ relu(1 - |s|/|t|) ] 
     python nd.py --dataset imagenet --data-dir imagenet --pretrained-teacher
     python nd.py --dataset shapes --teacher resnet14 --student resnet8 --epochs 4 --batch-size 64
 
-Measured: CIFAR-100, resnet56 (69.56 %) -> resnet8, 10,000 training images, 15 epochs, top-1 % of
-the last epoch, mean ± standard deviation over n = 3 seeds: CE 24.29 ± 0.53, KD 34.07 ± 0.27, KD++
-35.46 ± 0.90. It shows that the code works, not what the method gains in 240 epochs.
+Measured: CIFAR-100, resnet56 (72.6 %) -> resnet20, all images, 24 epochs in the recipe of `sp.py`,
+top-1 % of the last epoch, mean ± standard deviation over n = 3 seeds: CE 61.38 ± 0.22, KD 63.71 ±
+0.21, KD++ 64.91 ± 0.54. What the method gains in 240 epochs was not measured.
 
 Differences from the paper's code:
  1. Class means: clean images, summed in float64 (there: augmented images, rounded to 4 decimals).

@@ -37,10 +37,13 @@ BLUE, ORANGE, GREEN, GREY = (
     "#777777",
 )  # Okabe-Ito: colour-blind safe
 TABLES = {  # name -> the files whose runs can be compared, and the title
-    "cifar100-24ep": (
-        ["cifar100-24ep/resnet8-*.json"],
-        "CIFAR-100, all 50,000 images, 24 epochs, resnet56 -> resnet8",
-    ),
+    **{
+        f"cifar100-24ep-{student}": (
+            [f"cifar100-24ep/{student}-*.json"],
+            f"CIFAR-100, all 50,000 images, 24 epochs, resnet56 -> {student}",
+        )
+        for student in ("resnet20", "resnet8")
+    },
     "cifar100-10k-15ep": (
         ["cifar100-10k-15ep-sp-dcd/*.json", "cifar100-10k-15ep-kd2m/*.json"],
         "CIFAR-100, 10,000 images, 15 epochs, resnet56 -> resnet8",

@@ -78,32 +78,31 @@ def test_scores_in_a_docstring_are_those_of_a_table(script):
         assert f"| {method} | 3 | {mean} ± {spread} |" in rows, method
 
 
-def test_gains_on_the_front_page():
-    folders = [ROOT / f"results/cifar100-10k-15ep-{name}" for name in ("nd", "sp-dcd", "kd2m")]
-    nd, sp_dcd, kd2m = ({} for _ in folders)
-    for means, folder in zip((nd, sp_dcd, kd2m), folders):
-        runs = [load(path) for path in sorted(folder.glob("*.json"))]
-        for method in {run["method"] for run in runs}:
-            values = [run["student_top1"] for run in runs if run["method"] == method]
-            means[method] = sum(values) / 3
-    kd2m |= {name: sp_dcd[name] for name in ("CE", "KD")}
-    text = (ROOT / "README.md").read_text()
-    found = re.findall(r"\| ([\w+]+): (\d+\.\d\d), (\d+\.\d\d) \|", text)
-    assert len(found) == 4
-    for (method, over_ce, over_kd), means in zip(found, (nd, sp_dcd, sp_dcd, kd2m)):
-        gains = (means[method] - means[name] for name in ("CE", "KD"))
-        assert [over_ce, over_kd] == [f"{gain:.2f}" for gain in gains]
+def test_numbers_on_the_front_page():
+    """Its table of 24 epochs, the gains beside the scripts, and the first command's table."""
+    text, scores = (ROOT / "README.md").read_text(), {}
+    for path in sorted(ROOT.glob("results/cifar100-24ep/resnet20-*.json")):
+        scores.setdefault(load(path)["method"], []).append(load(path)["student_top1"])
+    means = {method: statistics.mean(values) for method, values in scores.items()}
+    rows = re.findall(r"\| ([a-zA-Z][\w+]*)(?: \(`\w+.py`\))? (\| \d\d\.\d\d ± .*?\|.*?\|)", text)
+    assert {method for method, _ in rows} == {"CE", "KD", "KD++", "DCD+KD", "SP+KD", "mse"}
+    for method, row in rows:
+        values = scores[method]
+        gaps = ", ".join(f"{value - kd:+.2f}" for value, kd in zip(values, scores["KD"]))
+        score = f"{means[method]:.2f} ± {statistics.stdev(values):.2f}"
+        assert row == f"| {score} | {gaps if method != 'KD' else ''} |".replace("  ", " ")
+    gains = re.findall(r"\| ([\w+]+): (-?\d\.\d\d), (-?\d\.\d\d) \|", text)
+    assert len(gains) == 4
+    for method, *found in gains:
+        assert found == [f"{means[method] - means[name]:.2f}" for name in ("CE", "KD")]
+    rows = re.findall(r"^\| \S+ \| 5 \| .+$", text, re.M)
+    assert len(rows) == 3 and all(row[:-1] in README for row in rows)
 
 
 def test_angles_beside_the_figure_of_nd():
     values = load("results/nd-embeddings.json").items()
     angles = {k: math.degrees(math.acos(statistics.median(v["cos"]))) for k, v in values}
-    assert {k: round(v) for k, v in angles.items()} == {
-        "teacher": 12,
-        "CE": 55,
-        "KD": 55,
-        "KD++": 28,
-    }
+    assert [round(angles[k]) for k in ("teacher", "CE", "KD", "KD++")] == [12, 55, 55, 28]
     text = " ".join((ROOT / "README.md").read_text().split())
     assert "28 degrees (median) from the class mean, the teacher's 12" in text and "lie 55" in text
 
