@@ -75,11 +75,13 @@ def draw_table(patterns: list[str], title: str):
     names = []
     for row, (method, by_seed) in enumerate(scores.items()):
         values = list(by_seed.values())
-        axes.plot(values, [row] * len(values), "o", color=BLUE, alpha=0.6, markersize=6)
-        axes.plot(statistics.mean(values), row, "|", color="black", markersize=14, mew=2)
+        heights = [row + 0.13 * (k % 3 - 1) * (len(values) > 1) for k in range(len(values))]
+        axes.plot(values, heights, "o", color=BLUE, alpha=0.6, markersize=6)
+        if len(values) > 1:
+            axes.plot(statistics.mean(values), row, "|", color="black", markersize=14, mew=2)
         names.append(method if len(values) > 2 else f"{method} (n = {len(values)})")
     axes.set_yticks(range(len(names)), names, fontsize=12)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel("top-1 % of the last epoch: seeds (dots) and their mean (bar)", fontsize=12)
     axes.tick_params(axis="x", labelsize=12)
     axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True))

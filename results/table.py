@@ -9,8 +9,8 @@ methods of the same data, pair and recipe whose mean lies within the larger of t
 deviations. Runs of a method with different flags are rows of their own, named with those flags.
 
 --paired: runs of one recipe, of which those with the same seed saw the same batches: differences to
-KD seed by seed, with a 95 % confidence interval of their mean (Student's t), and how far the best
-test epoch lies above the last, from the log (.jsonl) beside each file.
+KD for each seed, their mean with its 95 % confidence interval (Student's t of these differences),
+and how far the best test epoch lies above the last, from the log (.jsonl) beside each file.
 """
 
 import json
@@ -59,22 +59,30 @@ def settings(run: dict) -> dict:
     return {"ranks": ranks, **{key: used[key] for key in used if key not in without}}
 
 
+def teacher_score(run: dict) -> float | None:
+    return run.get("teacher_top1", run.get("teacher_ap"))
+
+
 def setup(run: dict) -> tuple:
-    """What runs must share to be compared: three cells of the table, then what it hides."""
+    """What runs must share to be compared. The same weights of a teacher are the same teacher,
+    though their score may differ by an image or two between processors."""
     recipe = [run["args"].get(key) for key in RECIPE]
     split = " (validation)" if run["args"].get("val_size") else ""
     data = f"{run['dataset']}{split}, {run['train_images']:,}, {run['epochs']}"
-    teacher, score = run.get("teacher") or "none", run.get("teacher_top1", run.get("teacher_ap"))
-    teacher += "" if score is None else f" ({score:.2f})"
-    cells = f"{data}, {recipe[0]}, {recipe[1]} | {teacher} | {run['student']}"
-    return cells, str(recipe), run.get("data_hash"), run.get("teacher_hash")
+    data = f"{data}, {recipe[0]}, {recipe[1]}", run.get("data_hash"), str(recipe)
+    return *data, run.get("teacher"), run.get("teacher_hash") or teacher_score(run), run["student"]
 
 
 def table(results: list[dict]) -> str:
     """The rows in the order of `results`, all of which have the same kind of score."""
     kind = "top1" if results[0].get("student_top1") is not None else "ap"
     groups: dict[tuple, dict] = {}
+    cells_of: dict[tuple, str] = {}
     for run in results:
+        score = teacher_score(run)
+        teacher = run.get("teacher") or "none"
+        teacher += "" if score is None else f" ({score:.2f})"
+        cells_of.setdefault(setup(run), f"{setup(run)[0]} | {teacher} | {run['student']}")
         key = setup(run), run["method"], json.dumps(settings(run), sort_keys=True)
         groups.setdefault(key, {})[run["seed"], run.get("student_hash")] = run[f"student_{kind}"]
 
@@ -96,7 +104,7 @@ def table(results: list[dict]) -> str:
             score += f" ± {spread:.2f}"
             others = [r for r in rows if r[0] == its_setup and r[1] != name and r[4] is not None]
             near = [r[1] for r in others if abs(mean - r[3]) <= max(spread, r[4])] or ["-"]
-        cells = [its_setup[0], name, str(len(values)), score]
+        cells = [cells_of[its_setup], name, str(len(values)), score]
         cells += [f"{min(values):.2f}, {max(values):.2f}", ", ".join(near)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -117,23 +125,27 @@ def paired(paths: list[str]) -> str:
     def scores(method):
         return {seed: run["student_top1"] for seed, run in rows.get(method, {}).items()}
 
-    lines = ["| method | n | top-1 %, last epoch | minus KD, seed by seed | mean (95 % interval) |"]
+    lines = ["| method | n | top-1 %, last epoch | difference to KD, for each seed | mean [95 %] |"]
     lines[0] += " best minus last epoch |"
     lines.append("|---" * 6 + "|")
     kd = scores("KD")
     for method in sorted(rows, key=lambda method: -statistics.mean(scores(method).values())):
         values = list(scores(method).values())
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        gaps = [value - kd[seed] for seed, value in sorted(scores(method).items()) if seed in kd]
+        paired_seeds = sorted(scores(method).keys() & kd)
+        gaps = [scores(method)[seed] - kd[seed] for seed in paired_seeds]
+        differences = ", ".join(f"{gap:+.2f}" for gap in gaps) or "-"
+        if 0 < len(gaps) < len(values):
+            differences += f" (seed {', '.join(map(str, paired_seeds))})"
         interval = "-"
         if method != "KD" and len(gaps) > 1:
             half = stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
-            clear = "" if abs(statistics.mean(gaps)) > half else ", not distinguishable"
-            interval = f"{statistics.mean(gaps):+.2f} (± {half:.2f}{clear})"
+            mean = statistics.mean(gaps)
+            interval = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
         above = [run["best"] - run["student_top1"] for run in rows[method].values()]
         cells = [method if len(values) > 2 else f"{method} (fewer than 3 seeds)", str(len(values))]
         cells.append(f"{statistics.mean(values):.2f}{spread}")
-        cells.append("-" if method == "KD" else ", ".join(f"{gap:+.2f}" for gap in gaps) or "-")
+        cells.append("-" if method == "KD" else differences)
         lines.append(f"| {' | '.join([*cells, interval, f'{statistics.mean(above):.2f}'])} |")
     return "\n".join(lines)
 
