@@ -736,7 +736,7 @@ def load_weights(model: nn.Module, path: str | Path, state: dict | None = None) 
     for key in [*wanted, *sorted(state.keys() - wanted.keys())]:
         found, expected = (list(d[key].shape) if key in d else "absent" for d in (state, wanted))
         if found != expected:
-            misfit = f"{key} is {found} there and {expected} in this network"
+            misfit = f"{key} is {found}, in {getattr(model, 'name', 'this network')} {expected}"
             raise UserError(f"{path}: another architecture or number of classes: {misfit}")
     dense = all(v.layout == torch.strided and not v.is_quantized for v in state.values())
     if not dense or not all(torch.isfinite(v.float()).all() for v in state.values()):
@@ -1808,7 +1808,7 @@ def load_teacher(teacher: nn.Module, args, data: Data, distill) -> nn.Module:
         if near_chance(_EVALUATED[key], data.num_classes):
             problem = f"{path}: {_EVALUATED[key]:.2f} % on the test images is near chance"
             if args.teacher_ckpt or args.pretrained_teacher:
-                raise UserError(f"{problem}: other class order, preprocessing or --dataset?")
+                raise UserError(f"{problem}: untrained, or of other classes or preprocessing?")
             print(f"warning: {problem}: train it longer (--teacher-epochs)", file=sys.stderr)
     teacher.top1 = _EVALUATED[key]
     return teacher.eval()

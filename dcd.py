@@ -284,8 +284,7 @@ def transfer(args) -> dict:
 
 @torch.no_grad()
 def draw_correlation_gap(student, teacher, data, path) -> float:
-    """The paper's map |student - teacher| of what it calls correlations: the mean of the
-    standardised logits of each class's test images. The diagonal is 0. Returns the map's mean."""
+    """The paper's |student - teacher| of each class's mean standardised logits. -> its mean."""
     relations = []  # [K,K] each
     for network in (student.eval(), teacher):
         sums = torch.zeros(data.num_classes, data.num_classes, device=data.device)
@@ -297,8 +296,10 @@ def draw_correlation_gap(student, teacher, data, path) -> float:
     mean = gap[data.test.labels.unique()].mean().item()  # --val-size: some classes have no images
     figure, axis = common.pyplot().subplots(figsize=(6, 5))
     figure.colorbar(axis.imshow(gap.cpu().numpy(), cmap="Blues", vmin=0, vmax=3))
-    axis.set(xlabel="logit of class", ylabel="true class")
-    axis.set_title(f"class relations, |student - teacher|: mean {mean:.3f}")
+    names = dict(enumerate(data.classes)) if len(gap) < 30 else {}  # more would overlap
+    axis.set_xticks([*names], names.values(), rotation=90)
+    axis.set_yticks([*names], names.values())
+    axis.set(xlabel="logit of class", ylabel="true class", title=f"relations: gap {mean:.3f}")
     common.save_figure(figure, path)
     return round(mean, 5)
 
@@ -312,10 +313,9 @@ def draw_embeddings(student, teacher, data, path) -> None:
         parts = [network.eval()(part, return_features=True)[1] for part in images.split(250)]
         x = torch.cat([features.embedding for features in parts])
         u, lengths, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
-        x, y = (u * lengths)[:, :2].T.cpu().numpy()  # coordinates along the components
+        points = (u * lengths)[:, :2].cpu()  # coordinates along the components
         for k in labels.unique().tolist():
-            mine = (labels == k).cpu().numpy()
-            axis.scatter(x[mine], y[mine], s=6, label=" " + data.classes[k])
+            axis.scatter(*points[labels.cpu() == k].T, s=6, label=" " + data.classes[k])
         axis.set(title=f"{name}: embeddings, two principal components", xticks=[], yticks=[])
     axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     common.save_figure(figure, path)

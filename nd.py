@@ -401,7 +401,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         args.nd_weight = 0.0
     weights, pair = paper_weights(args, args.base, ablation or args.nd_weight != 0)
     weights = {k: v for k, v in weights.items() if getattr(args, k) is None}
-    print(f"loss weights that are not given are the paper's for {pair}: {weights}")
+    print(f"default loss weights, the paper's for {pair.replace(' ', ' -> ')}: {weights}")
     vars(args).update(weights)
     if not args.ce_weight and (args.base == "reviewkd" or not args.kd_weight):
         raise common.UserError("--ce-weight 0: nothing else here trains the classifier")

@@ -38,6 +38,8 @@ def read(path: str) -> dict:
     """The result in a file; a ValueError if it lacks what the table needs."""
     try:
         run = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error})") from None
     for key, kind in FIELDS.items():
@@ -86,8 +88,9 @@ def table(results: list[dict]) -> str:
         key = setup(run), run["method"], json.dumps(settings(run), sort_keys=True)
         groups.setdefault(key, {})[run["seed"], run.get("student_hash")] = run[f"student_{kind}"]
 
-    rows = []
-    for (its_setup, method, its_settings), scores in groups.items():
+    rows, setups = [], list(cells_of)
+    ordered = sorted(groups.items(), key=lambda group: setups.index(group[0][0]))
+    for (its_setup, method, its_settings), scores in ordered:
         alike = [json.loads(key[2]) for key in groups if key[:2] == (its_setup, method)]
         name, values = method, list(scores.values())
         for flag, value in json.loads(its_settings).items():
@@ -154,6 +157,9 @@ def main(paths: list[str]) -> int:
     try:
         if paths[:1] == ["--paired"]:
             print(paired(paths[1:]))
+            return 0
+        if paths[:1] in (["-h"], ["--help"]):
+            print(__doc__)
             return 0
         if not paths:
             raise ValueError("no files given, try: python results/table.py results/*/*.json")

@@ -121,7 +121,8 @@ def test_the_loop_in_the_readme_runs():
     before = student.fc.weight.detach().clone()
     optimizer = torch.optim.SGD(student.parameters(), 0.1)
     batches = [(torch.randn(6, 3, 32, 32), torch.arange(6) % 3)] * 2
-    scope["train_epoch"](student, teacher, batches, optimizer, 3)
+    means = scope["compute_class_means"](teacher, batches, 3)
+    scope["train_epoch"](student, teacher, batches, optimizer, means)
     assert not torch.equal(student.fc.weight, before)
 
 
@@ -135,6 +136,7 @@ def test_a_method_of_ones_own(cwd, few_shapes, any_teacher_passes, monkeypatch):
     for old, new in (
         ('Parser("sp"', 'Parser("my"'),
         ("sp_loss(", "my_loss("),
+        ('"sp": "SP"', '"sp": "MY"'),
         ("sp_weight", "my_weight"),
         ("--sp-weight", "--my-weight"),
     ):
@@ -142,7 +144,7 @@ def test_a_method_of_ones_own(cwd, few_shapes, any_teacher_passes, monkeypatch):
     Path("my.py").write_text(source)
     monkeypatch.syspath_prepend(str(cwd))
     results = importlib.import_module("my").main(f"{QUICK} --epochs 1 --compare --out o".split())
-    assert [r["method"] for r in results] == ["CE", "KD", "SP"]
+    assert [r["method"] for r in results] == ["CE", "KD", "MY"]
     assert (
         results[2]["script"] == "my.py" and "sp" in lines("o")[0] and "sp" not in lines("o/kd")[0]
     )
