@@ -299,7 +299,7 @@ def draw_correlation_gap(student, teacher, data, path) -> float:
     names = dict(enumerate(data.classes)) if len(gap) < 30 else {}  # more would overlap
     axis.set_xticks([*names], names.values(), rotation=90)
     axis.set_yticks([*names], names.values())
-    axis.set(xlabel="logit of class", ylabel="true class", title=f"relations: gap {mean:.3f}")
+    axis.set(xlabel="logit of class", ylabel="true class", title=f"|student - teacher|: {mean:.3f}")
     common.save_figure(figure, path)
     return round(mean, 5)
 

@@ -129,7 +129,7 @@ def paired(paths: list[str]) -> str:
         return {seed: run["student_top1"] for seed, run in rows.get(method, {}).items()}
 
     lines = ["| method | n | top-1 %, last epoch | difference to KD, for each seed | mean [95 %] |"]
-    lines[0] += " best minus last epoch |"
+    lines[0] += " best minus last epoch, for each seed |"
     lines.append("|---" * 6 + "|")
     kd = scores("KD")
     for method in sorted(rows, key=lambda method: -statistics.mean(scores(method).values())):
@@ -145,11 +145,12 @@ def paired(paths: list[str]) -> str:
             half = stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
             mean = statistics.mean(gaps)
             interval = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
-        above = [run["best"] - run["student_top1"] for run in rows[method].values()]
+        runs = [run for _, run in sorted(rows[method].items())]
+        above = ", ".join(f"{run['best'] - run['student_top1']:.2f}" for run in runs)
         cells = [method if len(values) > 2 else f"{method} (fewer than 3 seeds)", str(len(values))]
         cells.append(f"{statistics.mean(values):.2f}{spread}")
         cells.append("-" if method == "KD" else differences)
-        lines.append(f"| {' | '.join([*cells, interval, f'{statistics.mean(above):.2f}'])} |")
+        lines.append(f"| {' | '.join([*cells, interval, above])} |")
     return "\n".join(lines)
 
 

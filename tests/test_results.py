@@ -141,8 +141,9 @@ def test_paired_differences(tmp_path):
     rows = table.paired([str(path) for path in sorted(tmp_path.glob("*.json"))]).splitlines()[2:]
     assert rows == [
         "| DCD (fewer than 3 seeds) | 1 | 54.00 | - | - | 0.50 |",
-        "| SP | 3 | 53.00 ± 2.00 | +2.00, +3.00 (seed 1, 2) | +2.50 [-3.85, +8.85] | 0.50 |",
-        "| KD (fewer than 3 seeds) | 2 | 51.50 ± 0.71 | - | - | 0.50 |",
+        "| SP | 3 | 53.00 ± 2.00 | +2.00, +3.00 (seed 1, 2) | +2.50 [-3.85, +8.85]"
+        " | 0.50, 0.50, 0.50 |",
+        "| KD (fewer than 3 seeds) | 2 | 51.50 ± 0.71 | - | - | 0.50, 0.50 |",
     ]
 
 
