@@ -813,9 +813,8 @@ class Data:
     def batches(
         self, split: str, batch_size, seed=None, augment=False, first=0, last=None, shared=False
     ):
-        """One pass over "train" or "test", or its batches `first` to `last` - 1. A shuffled pass
-        leaves out a last batch of one image (shared: of less than two per rank), since neither
-        BatchNorm nor a loss between samples is defined on it.
+        """One pass over "train" or "test", or its batches `first` to `last` - 1. Shuffled, it lacks
+        a last batch too small for BatchNorm: of one image (shared: of less than two per rank).
         Args: seed: of the order and the augmentation (None: in order); augment: zero padding by an
             eighth and a random crop, and a flip with probability 1/2; shared: of every batch only
             this rank's part."""
@@ -1284,9 +1283,7 @@ def read_last(path: Path) -> dict:
 
 
 class TeacherCache:
-    """The teacher's logits and embeddings for every batch, on disk: computed once, then read.
-
-    Runs with the same seed see the same batches, so that a frozen teacher gives the same outputs. A
+    """The teacher's logits and embeddings for every batch, on disk: computed once, then read. Each
     file holds those of some batches, float32, after its checksum. The folder's name is a hash of
     all that decides them: the cache of another teacher, for example, is never read."""
 
@@ -1303,6 +1300,8 @@ class TeacherCache:
         paths = {self._path(epoch, n) for epoch in range(epochs) for n in range(self.steps)}
         self.folder.mkdir(parents=True, exist_ok=True)
         missing = len(paths - set(self.folder.iterdir())) / len(paths)
+        if missing and not os.access(self.folder, os.W_OK):
+            raise UserError(f"--teacher-cache {self.folder}: cannot be written")
         free = shutil.disk_usage(self.folder).free / 1e9
         whole = 4e-9 * epochs * self.steps * math.prod(self.shape)
         size = f"{whole:.2f} GB a rank, of which {100 * missing:.0f} % are still to compute"
@@ -1395,9 +1394,8 @@ class Run:
             self.board = board.SummaryWriter(self.dir / "tensorboard", flush_secs=10)
 
     def start(self, teacher: nn.Module | None = None, **objects) -> None:
-        """Begin, or continue under --resume. teacher: from `load_teacher`; objects: modules and the
-        optimizer, whose state is saved and restored, `student` among them; any other value, and the
-        teacher, must be the same in a resumed run."""
+        """Begin, or continue under --resume. objects: `student`, other modules and the `optimizer`,
+        whose state is saved; other values, and the teacher, must be the same in a resumed run."""
         args, self.teacher = self.args, teacher
         teacher_hash = None if teacher is None else teacher.hash
         self.objects = objects | {"data": self.data.fingerprint, "teacher": teacher_hash}
@@ -1590,7 +1588,9 @@ class Run:
             student = self.objects["student"].state_dict()
             save_whole(self.dir / "student.pt", {k: v.cpu() for k, v in student.items()})
             path = self.dir / "result.json"
-            if not path.exists():  # a finished run, resumed, keeps its commit and its machine
+            try:  # a finished run that was resumed keeps the commit and the machine of its training
+                json.loads(path.read_text())
+            except (OSError, ValueError):
                 write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
         wait_for_all()  # the files are there
         return result
@@ -2033,8 +2033,7 @@ def add_file_arguments(group) -> None:
 def launch(distill, args, baselines: dict, needed: tuple[str, ...] = ()):
     """Run `distill(args)` for every seed and, with --compare, for every baseline; print a summary.
     Args: baselines: name -> the arguments that make it, such as {"ce": {"kd_weight": 0.0, ...}};
-        needed: those that are run without --compare too, and first. All others come after the
-        method, so that what does not fit the method is found at once.
+        needed: those that are run without --compare too, and first; others come after the method.
     Returns: the result of the run, or a list of them if there are several."""
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # wanted by cuBLAS for that

@@ -11,7 +11,6 @@ images, the published resnet56 as teacher, and the default weights of its method
 that was stopped continues. Each leaves its result and its log in `results/cifar100-24ep/`.
 
 To add a row, add a line to ROWS. Several programs may work at a time, on different rows or seeds.
-Flags that are not listed below, such as --compile or --device, go to the scripts as they are.
 """
 
 import argparse
@@ -59,8 +58,10 @@ parser.add_argument("--epochs", default="24", help="default: 24; the recipe's ow
 parser.add_argument("--data-dir", default="data")
 parser.add_argument("--runs", type=Path, default=Path("runs/table"), help="folder of the runs")
 parser.add_argument("--cache", help="folder for the teacher's answers (--teacher-cache)")
+parser.add_argument("--device", default="auto", help="default: auto")
+parser.add_argument("--compile", action="store_true", help="as in the scripts; for GPUs")
 parser.add_argument("--list", action="store_true", help="only say what is there")
-options, more = parser.parse_known_args()
+options = parser.parse_args()
 names = options.only.split(",") if options.only else list(ROWS)
 if unknown := [name for name in names if name not in ROWS]:
     parser.error(f"--only {unknown[0]}: one of {', '.join(ROWS)}")
@@ -74,8 +75,9 @@ for name in names:
             print(target.name, "is there" if target.with_suffix(".json").exists() else "missing")
             continue
         command = f"{script}.py {flags} {RECIPE} --epochs {options.epochs} --seed {seed}"
-        command = [sys.executable, *shlex.split(command), "--student", options.student, *more]
-        command += ["--data-dir", options.data_dir]
+        command = [sys.executable, *shlex.split(command), "--student", options.student]
+        command += ["--data-dir", options.data_dir, "--device", options.device]
+        command += ["--compile"] * options.compile
         command += ["--out", str(out), *(["--resume"] if (out / "last.pt").exists() else [])]
         if options.cache and name != "ce":
             command += ["--teacher-cache", options.cache]

@@ -117,9 +117,14 @@ def paired(paths: list[str]) -> str:
     """The table of --paired; the best mean first. A row of fewer than three seeds is marked."""
     rows: dict[str, dict[int, dict]] = {}
     for path in paths:
-        run = read(path)
-        log = Path(path).with_suffix(".jsonl").read_text().splitlines()
-        best = max(json.loads(line)["test_top1"] for line in log)
+        run, log = read(path), Path(path).with_suffix(".jsonl")
+        if setup(run) != setup(read(paths[0])) or run.get("student_top1") is None:
+            raise ValueError(f"{path}: of another recipe, pair or data than {paths[0]}")
+        try:
+            best = max(json.loads(line)["test_top1"] for line in log.read_text().splitlines())
+            best = float(best)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{log}: not the log of a run ({error})") from None
         row = rows.setdefault(run["method"], {})
         if run["seed"] in row:
             raise ValueError(f"{path}: a second run of {run['method']}, seed {run['seed']}")
@@ -156,14 +161,14 @@ def paired(paths: list[str]) -> str:
 
 def main(paths: list[str]) -> int:
     try:
-        if paths[:1] == ["--paired"]:
-            print(paired(paths[1:]))
-            return 0
-        if paths[:1] in (["-h"], ["--help"]):
+        if {"-h", "--help"} & set(paths[:2]):
             print(__doc__)
             return 0
-        if not paths:
+        if not paths or paths == ["--paired"]:
             raise ValueError("no files given, try: python results/table.py results/*/*.json")
+        if paths[0] == "--paired":
+            print(paired(paths[1:]))
+            return 0
         results = [read(path) for path in paths]
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

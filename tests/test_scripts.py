@@ -515,7 +515,7 @@ def test_resume_gives_the_same_student_bit_for_bit(cwd, script, any_teacher_pass
         assert not list(Path(out).glob("*.tmp"))
     before = Path(out, "student.pt").read_bytes()
     Path(out, "student.pt").unlink()
-    Path(out, "result.json").unlink()
+    Path(out, "result.json").write_text("damaged")
     assert run(script, command, *more, "--resume") == 0  # nothing to train: its files again
     assert Path(out, "student.pt").read_bytes() == before and result(out)["epochs"] == 3
     kept = json.dumps(result(out) | {"commit": "earlier"})
