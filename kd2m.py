@@ -58,9 +58,9 @@ import common
 def mse(student_emb: torch.Tensor, teacher_emb: torch.Tensor) -> torch.Tensor:
     """Squared error between the student's and the teacher's features of each image: the control.
 
-    Args: student_emb, teacher_emb [B,D]: inputs of the classifiers.
-    Returns: a scalar in squared feature units, D times F.mse_loss. Raises: ValueError if shapes do
-        not fit. Default weight: 0.03 (starts near the cross-entropy if D = 64; * 64 / D else).
+    Args: student_emb, teacher_emb [B,D]: inputs of the classifiers. Raises: ValueError if these are
+        not two [B,D]. Returns: a scalar, D times F.mse_loss. Reference: none, it is the control.
+    Default weight: 0.03 (starts near the cross-entropy if D = 64; * 64 / D else).
     """
     s, t = student_emb, teacher_emb.detach()  # [B,D]
     if s.ndim != 2 or s.shape != t.shape:
