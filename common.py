@@ -622,8 +622,7 @@ def build_for(data: "Data", name: str, pretrained: bool = False) -> nn.Module:
 
 @torch.no_grad()
 def try_on(net: nn.Module, data: "Data") -> nn.Module:
-    """Set `.embed_dim` and `.stage_shapes`, a list of (C, H, W), by a trial; -> the network.
-    UserError: it does not take images of this size."""
+    """Set `.embed_dim` and `.stage_shapes`, [(C, H, W), ...], by a trial. UserError: wrong size."""
     images, _ = next(data.batches("test", 2, last=1))
     try:
         features = net.eval()(images.to(next(net.parameters()).device), return_features=True)[1]
@@ -708,7 +707,7 @@ def read_state_dict(path: str | Path, wanted: dict) -> dict:
         seen.add(id(content))  # of the object itself, which `contents` keeps alive
         content = content if isinstance(content, dict) else dict(enumerate(content))
         contents += [(f"{where}{key}.", value) for key, value in content.items()]
-        tensors = {str(k): v for k, v in content.items() if torch.is_tensor(v)}
+        tensors = {str(k): v for k, v in content.items() if torch.is_tensor(v) and not v.is_nested}
         first = next(iter(wanted))
         prefixes = [key.removesuffix(first) for key in tensors if key.endswith(first)]
         for prefix in dict.fromkeys(["", *prefixes] if tensors else []):
@@ -738,9 +737,9 @@ def load_weights(model: nn.Module, path: str | Path, state: dict | None = None) 
         if found != expected:
             misfit = f"{key} is {found}, in {getattr(model, 'name', 'this network')} {expected}"
             raise UserError(f"{path}: another architecture or number of classes: {misfit}")
-    dense = all(v.layout == torch.strided and not v.is_quantized for v in state.values())
-    if not dense or not all(torch.isfinite(v.float()).all() for v in state.values()):
-        raise UserError(f"{path}: its weights are sparse, quantized, infinite or nan")
+    odd = {v.layout != torch.strided or v.is_quantized or v.is_complex() for v in state.values()}
+    if True in odd or not all(torch.isfinite(v.float()).all() for v in state.values()):
+        raise UserError(f"{path}: its weights are sparse, quantized, complex, infinite or nan")
     model.load_state_dict(state)
 
 
@@ -810,19 +809,16 @@ class Data:
         """Batches `first` to `last` - 1 of a shuffled, augmented pass: this rank's part of each."""
         return self.batches("train", batch_size, seed, True, first, last, shared=True)
 
-    def batches(
-        self, split: str, batch_size, seed=None, augment=False, first=0, last=None, shared=False
-    ):
+    def batches(self, split, size, seed=None, augment=False, first=0, last=None, shared=False):
         """One pass over "train" or "test", or its batches `first` to `last` - 1. Shuffled, it lacks
         a last batch too small for BatchNorm: of one image (shared: of less than two per rank).
-        Args: seed: of the order and the augmentation (None: in order); augment: zero padding by an
-            eighth and a random crop, and a flip with probability 1/2; shared: of every batch only
-            this rank's part."""
+        Args: size: images in a batch; seed: of order and augmentation (None: in order); augment:
+            zero padding by an eighth, random crop and flip; shared: this rank's part of each."""
         count, shuffled = len(getattr(self, split).labels), seed is not None
         rng = torch.Generator().manual_seed(seed or 0)
         order = torch.randperm(count, generator=rng) if shuffled else torch.arange(count)
         least = (2 * world() if shared else 2) if shuffled else 1
-        parts = [range(count)[k : k + batch_size] for k in range(0, count, batch_size)][first:last]
+        parts = [range(count)[k : k + size] for k in range(0, count, size)][first:last]
         parts = [part for part in parts if len(part) >= least]
         if shared:
             parts = [part[share(len(part))] for part in parts]
@@ -882,8 +878,7 @@ class StreamedData(Data):
 
 
 class _Decoder:
-    """[a slice of the pass] -> images [B,S,S,3] uint8, or the error of one, and labels [B].
-    seeds: for each image of the order, what augments it."""
+    """[a slice of the pass] -> images [B,S,S,3] uint8, or the error of one, and labels [B]."""
 
     def __init__(self, files, labels, order, seeds, size, augment):
         self.files, self.labels, self.order, self.seeds = files, labels, order, seeds
@@ -1058,8 +1053,7 @@ def _read_folders(root, args):
 
 
 def _files_by_class(root, odd):
-    """Class -> the paths of its images, in torchvision's order. Hidden files and folders are left
-    out; whatever else is no image goes into `odd`."""
+    """Class -> its images' paths, in torchvision's order, hidden ones left out; others -> `odd`."""
     extensions = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     by_class = {path.name: [] for path in root.glob("[!.]*") if path.is_dir()}
     for name, paths in by_class.items():
@@ -1132,8 +1126,7 @@ def read_rgb(path, upright: bool = True) -> Image.Image:
 
 
 # --- Synthetic images: a data set without files ----------------------------------------------
-# `--dataset shapes` lets every script run anywhere within minutes. Committed results rest on these
-# images, so nothing here may change a pixel.
+# `--dataset shapes` runs anywhere, in minutes. Committed results rest on it: no pixel may change.
 
 SHAPES = ("disc", "triangle", "square", "star", "cross", "ring")
 TEXTURES = ("plain", "stripes", "checks", "dots")
@@ -1255,8 +1248,7 @@ def cached(path: Path | None, made_by, compute, *args):
     return value
 
 
-# Arguments that may differ between a run and its resumption: they do not change what is computed,
-# or they name files whose content is compared.
+# What may differ under --resume: it does not change what is computed, or the content is compared.
 FREE = """resume out device workers compare seeds eval script method plot save_minutes tensorboard
 per_class predict train_teacher teacher_ckpt student_ckpt pretrained_teacher teacher_cache data_dir
 skip_bad_images""".split()
@@ -1283,11 +1275,10 @@ def read_last(path: Path) -> dict:
 
 
 class TeacherCache:
-    """The teacher's logits and embeddings for every batch, on disk: computed once, then read. Each
-    file holds those of some batches, float32, after its checksum. The folder's name is a hash of
-    all that decides them: the cache of another teacher, for example, is never read."""
+    """The teacher's logits and embeddings for every batch, on disk: computed once, then read. The
+    folder's name is a hash of all that decides them: another teacher's cache is never read."""
 
-    STEPS = 32  # whose outputs are in a file; the last file of an epoch may have fewer
+    STEPS = 32  # in a file: a checksum, then their outputs as float32; an epoch's last has fewer
 
     def __init__(self, args, data, teacher, epochs: int):
         key = [3, teacher.hash, data.name, data.fingerprint, data.image_size, args.seed]
@@ -1351,9 +1342,8 @@ class Run:
     and `student.pt`. All ranks read; rank 0 writes.
 
     Args: args: the command line; data: from `load_data`; figures: PNG files that the script draws.
-    Raises: UserError if --resume finds no run or a different one, or if the folder is in use.
-    Attributes: step: of the whole run, from 0; total_steps; history: the metrics of every epoch;
-        step_seed: another for every seed and step, alike on all ranks."""
+    Raises: UserError (no run to resume, or another; a folder in use). Attributes: step, from 0, and
+        total_steps; history: metrics by epoch; step_seed: of every seed and step, on all ranks."""
 
     def __init__(self, args, data, figures: tuple[str, ...] = ()):
         self.args, self.data, self.dir = args, data, Path(args.out)
@@ -1415,8 +1405,6 @@ class Run:
                     broadcast([*module.parameters(), *module.buffers()])
             self._save()
         _signals.saved = True
-        for group in objects["optimizer"].param_groups if self.data.device.type == "cuda" else ():
-            group["fused"] = True  # all parameters in one kernel
         if getattr(args, "compile", False):
             torch.compiler.reset()  # a resumed run must not inherit the kernels of an earlier one
             for network in filter(None, (objects["student"], teacher)):
@@ -1499,8 +1487,7 @@ class Run:
 
     @torch.no_grad()
     def ask(self, teacher: nn.Module, images: Tensor, maps: bool = False):
-        """The teacher's (logits, Features) for this batch, without gradient. maps: whether feature
-        maps are needed, which --teacher-cache does not hold."""
+        """The teacher's (logits, Features) for this batch. maps: feature maps too (not cached)."""
         if maps and self.cache is not None:
             print("note: --teacher-cache holds no feature maps, so the teacher runs in every step")
             self.cache = None
@@ -1577,8 +1564,8 @@ class Run:
         result |= dict(train_images=data.train_images, test_images=data.test_images)
         result |= dict(data_hash=data.fingerprint, teacher_hash=self.objects["teacher"])
         if "test_top1" in lines[-1]:
-            result["student_top1"] = lines[-1]["test_top1"]
-            result["teacher_top1"] = self.teacher.top1 if self.teacher is not None else None
+            teacher_top1 = getattr(self.teacher, "top1", None)
+            result |= dict(student_top1=lines[-1]["test_top1"], teacher_top1=teacher_top1)
         kept = {k: v for k, v in vars(args).items() if k not in ("resume", "compare", "seeds")}
         result |= more | dict(seconds=round(seconds, 3), images_per_second=round(rate, 1))
         result |= dict(script=f"{args.script}.py", argv=sys.argv[1:], args=kept)
@@ -1638,9 +1625,8 @@ class Meter:
 
     @torch.no_grad()
     def add(self, terms: dict, samples, logits: Tensor | None = None) -> None:
-        """Count one step. terms: name -> loss term, a scalar tensor (a plain number is a term that
-        is switched off: left out); samples: the step's labels [B], or its image ids (detection);
-        logits: [B,K], for the training accuracy."""
+        """Count one step. terms: name -> a scalar tensor (a plain number is a term that is off);
+        samples: labels [B], or image ids (detection); logits [B,K]: for the training accuracy."""
         row = {name: value.float() for name, value in terms.items() if torch.is_tensor(value)}
         self.names = tuple(row)
         if logits is not None:
@@ -1727,8 +1713,21 @@ def autocast(args):
     return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group this learning rate."""
+def sgd_or_adamw(args, parameters) -> torch.optim.Optimizer:
+    """SGD, as in the papers, or AdamW (--optimizer) for parameters or groups of them."""
+    fused = pick_device(args.device).type == "cuda"  # all parameters in one kernel
+    options = dict(weight_decay=args.weight_decay, fused=fused or None)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, args.lr, **options)
+    return torch.optim.SGD(parameters, args.lr, args.momentum, nesterov=args.nesterov, **options)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, run=None) -> None:
+    """Give every parameter group this learning rate. AdamW has a schedule of its own, ours: linear
+    warm-up in the first 5 % of the run's steps, times half a cosine that ends at 0."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        done = (run.step + 1) / (run.total_steps + 1)
+        lr = run.args.lr * min(1.0, 20 * done) * (1 + math.cos(math.pi * done)) / 2
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -1847,7 +1846,7 @@ def near_chance(top1: float, num_classes: int) -> bool:
 
 
 # What a teacher's training shares with its student's; all else is off, such as the method's losses.
-TEACHER_OPTIMIZER = "recipe lr batch_size momentum nesterov weight_decay"
+TEACHER_OPTIMIZER = "recipe optimizer lr batch_size momentum nesterov weight_decay"
 TEACHER_KEEPS = f"""{TEACHER_OPTIMIZER} script dataset data_dir image_size mean std train_size
 val_size skip_bad_images precision device workers compile pretrained save_minutes tensorboard"""
 # What decides its weights, besides the data; recorded in its checkpoint.
@@ -1856,8 +1855,7 @@ TEACHER_RECIPE = f"{TEACHER_OPTIMIZER} student epochs seed precision image_size 
 
 def teacher_checkpoint(path: Path, args, data, train, more_recipe: tuple[str, ...] = ()) -> None:
     """Make sure that `path` holds a teacher trained with `args`, by `train(args)` if there is none.
-    more_recipe: further names of arguments that decide the weights. UserError: the file that is
-    there was trained with other settings."""
+    more_recipe: further arguments that decide its weights. UserError: it had other settings."""
     recipe = {name: getattr(args, name, None) for name in [*TEACHER_RECIPE.split(), *more_recipe]}
     recipe |= {"data": data.fingerprint, "images": data.train_images}
     if not gather_objects(path.exists())[0]:
@@ -1948,12 +1946,13 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, recipes: dict) -> None
         help=f"images a step; BatchNorm needs two {default('batch_size')}")
     add("--lr", **real, help=f"learning rate {default('lr')},"
         f" for MobileNet and ShuffleNet {default('small_lr')}")
+    add("--optimizer", choices=("sgd", "adamw"), help="adamw: for transformers; with warm-up and"
+        " cosine decay, lr 0.0005, weight decay 0.05 (default: sgd)")
     momentum = number(float, 0, 0.9999)
     add("--momentum", type=momentum, default=0.9, metavar="X", help="of SGD (default: 0.9)")
     add("--nesterov", action=YesNo, help=f"Nesterov momentum {default('nesterov')}")
     add("--weight-decay", type=weight, metavar="X", help=f"of SGD {default('weight_decay')}")
-    add("--pretrained", action=YesNo, help="start from torchvision's ImageNet weights"
-        " (default: as in the recipe, else no)")
+    add("--pretrained", action=YesNo, help="start from ImageNet weights (default: the recipe's)")
     add("--teacher-epochs", **count, help="for training the teacher (default: --epochs)")
     add("--teacher-lr", **real, help="for training the teacher (default: the recipe's, not --lr)")
 
@@ -1964,6 +1963,9 @@ def fill_recipe(args, recipe: dict) -> None:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             content = json.loads(Path(args.eval).with_name("result.json").read_text())
             args.student = content["student"]
+
+    if args.optimizer == "adamw":  # ours, as usual for transformers; the papers have SGD alone
+        recipe = recipe | dict(lr=5e-4, small_lr=5e-4, weight_decay=0.05)
 
     def default_lr(network):
         small = network.lower().startswith(("mobile", "shuffle"))
@@ -2004,8 +2006,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_file_arguments(group)
     add = group.add_argument
     add("--compile", action="store_true", help="torch.compile both networks: slow start, for GPUs")
-    add("--workers", type=number(int, 0, 256), metavar="N",
-        help="threads or processes that decode images (default: one a core)")
+    add("--workers", type=number(int, 0, 256), metavar="N", help="to decode (default: all cores)")
 
 
 def add_file_arguments(group) -> None:

@@ -182,8 +182,7 @@ def distill(args) -> dict:
     student = student.to(data.device, memory_format=torch.channels_last)
     auxiliary = auxiliary.to(data.device)
     trained = [*student.parameters(), *auxiliary.parameters()]
-    options = dict(momentum=args.momentum, nesterov=args.nesterov, weight_decay=args.weight_decay)
-    optimizer = torch.optim.SGD(trained, lr=args.lr, **options)
+    optimizer = common.sgd_or_adamw(args, trained)
     run.start(student=student, auxiliary=auxiliary, optimizer=optimizer, teacher=teacher)
 
     for _ in run.epochs():
@@ -193,7 +192,7 @@ def distill(args) -> dict:
             # Schedule, in epochs of the full recipe: a shorter run has the same shape.
             now = recipe["epochs"] * run.step // run.total_steps
             drops = sum(now >= milestone for milestone in recipe["milestones"])
-            common.set_lr(optimizer, args.lr / 10**drops)
+            common.set_lr(optimizer, args.lr / 10**drops, run)
 
             # Forward: both networks see the same augmented images.
             with common.autocast(args):
@@ -255,8 +254,7 @@ def transfer(args) -> dict:
         groups.append({"params": classifier.parameters()})
 
     networks = networks.to(data.device, memory_format=torch.channels_last)
-    options = dict(momentum=args.momentum, nesterov=args.nesterov, weight_decay=args.weight_decay)
-    optimizer = torch.optim.SGD(groups, lr=args.lr, **options)
+    optimizer = common.sgd_or_adamw(args, groups)
     run.start(student=networks["student"], networks=networks, optimizer=optimizer, origin=hashes)
 
     for _ in run.epochs():
@@ -336,8 +334,8 @@ def prepare_transfer(args) -> None:
     On entry args.dataset is what the networks were trained on, on return that of the probes."""
     if not (args.transfer and args.student_ckpt) or common.world() > 1:
         raise common.UserError("--transfer NAME and --student-ckpt FILE: give both; no torchrun")
-    if args.compare or args.plot:
-        raise common.UserError("--transfer trains probes only: leave --compare and --plot out")
+    if args.compare or args.plot or args.optimizer == "adamw":
+        raise common.UserError("--transfer: SGD trains probes; no --compare, --plot, --optimizer")
     student, result = Path(args.student_ckpt), {}
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         found = dict(json.loads(student.with_name("result.json").read_text()))

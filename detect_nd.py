@@ -1,4 +1,4 @@
-"""ND for object detection: Faster R-CNN with FPN on COCO (KD++ and ReviewKD++ for detectors).
+"""ND for object detection: Faster R-CNN with FPN on COCO (KD++, DKD++, ReviewKD++ for detectors).
 
 Idea: turn the student's box feature of every sampled RoI (region of interest) towards the teacher's
 mean feature of its class (background is one), and lengthen it until it is as long as the teacher's.
@@ -11,13 +11,14 @@ the same box on the same pixels) and e = class_means[y] / |class_means[y]|:
 
     nd   = mean_r [ 1 - (s . e) / max(|s|, |t|) ]
     kd   = mean_r [ KL(softmax(teacher_logits[r]) || softmax(student_logits[r])) ]
+    dkd  = mean_r [ TCKD + 0.25 NCKD ]   TCKD: KL of y against all others, NCKD: of these alone
     loss = cls + box + objectness + rpn_box + nd_weight nd + kd_weight kd + reviewkd_weight reviewkd
 
-nd with kd is KD++; with ReviewKD, which compares the feature maps of the FPN, it is ReviewKD++.
+nd with kd is KD++, with dkd in its place DKD++, with ReviewKD (on the FPN's maps) ReviewKD++.
 
     python detect_nd.py --data-dir coco --teacher resnet50 --student resnet18
     python detect_nd.py --data-dir coco --teacher resnet101 --train-teacher --base reviewkd
-    python detect_nd.py --dataset shapes --compare --plot       synthetic scenes, needs no files
+    python detect_nd.py --dataset shapes --base dkd --compare   synthetic scenes, needs no files
 
 AP (%) of the last epoch, mean ± standard deviation over n = 3 seeds, --dataset shapes, resnet18
 (45.45) -> mobilenet_v2: no distillation 27.12 ± 3.55, KD 27.75 ± 3.15, KD++ 25.91 ± 0.96, ND 23.83
@@ -27,7 +28,7 @@ Differences from the paper's code:
  1. torchvision's detector: background is class 0 (there: 80), box loss smooth L1 (there: L1).
  2. Both networks see the same normalised pixels (there: ResNet-18's colour channels are mixed up).
  3. Class means: of this teacher, clean images, its own proposals, summed in float64.
- 4. --nd-weight also applies with ReviewKD (there: never read).
+ 4. --nd-weight also applies with ReviewKD (there: never read). DKD++ is ours, with that of KD++.
  5. LR milestones are at 2/3 and 8/9 of any run (there: at 120,000 and 160,000 of 180,000 steps).
  6. Norm layers have weight decay (there: none); RoIAlign has aligned=False (there: True).
  7. Teachers: torchvision's (AP 37.0), or trained as long as a student (there: three times that).
@@ -97,6 +98,34 @@ def kd_loss(
         raise ValueError(f"need two [B,K] and T > 0, not {s.shape}, {t.shape}, {temperature}")
     log_s, log_t = F.log_softmax(s / temperature, 1), F.log_softmax(t / temperature, 1)
     return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+
+
+def dkd_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+) -> torch.Tensor:
+    """Decoupled KD: T^2 (alpha TCKD + beta NCKD), mean over the batch.
+
+    TCKD: KL divergence of two probabilities (true class, all others). NCKD: of the others alone,
+    scaled to sum 1; KD weights it by the teacher's probability of the others, often tiny.
+    Args, Returns, Raises: as `kd_loss`; labels [B]: 0 to K-1; alpha, beta >= 0.
+    Default weights: alpha 1, beta 8, as published for most pairs. Reference: arXiv 2203.08679.
+    """
+    s, t, labels = student_logits, teacher_logits.detach(), labels.long()
+    if s.dim() != 2 or s.shape != t.shape or temperature <= 0:
+        raise ValueError(f"need two [B,K] and T > 0, not {s.shape}, {t.shape}, {temperature}")
+    log_p = F.log_softmax(torch.stack([s, t]) / temperature, 2)  # of student and teacher  [2,B,K]
+    is_true = F.one_hot(labels, s.shape[1]).bool()  # [B,K]
+    rest = log_p.masked_fill(is_true, torch.finfo(log_p.dtype).min)  # -inf would lead to nan
+    true = log_p.gather(2, labels[None, :, None].expand(2, -1, -1))  # of the true class  [2,B,1]
+    pair = torch.cat([true, rest.logsumexp(2, keepdim=True)], 2)  # and of all others  [2,B,2]
+    tckd = F.kl_div(*pair, reduction="batchmean", log_target=True)
+    nckd = F.kl_div(*F.log_softmax(rest, 2), reduction="batchmean", log_target=True)
+    return temperature**2 * (alpha * tckd + beta * nckd)
 
 
 class ReviewKD(torch.nn.Module):
@@ -179,8 +208,8 @@ def training_pass(student: nn.Module, images: list, targets: list) -> tuple[dict
 
     Args: student: a detector in training mode; images: [3,h,w] each, values from 0 to 1;
         targets: of each image its "boxes" [n,4] in pixels and "labels" [n].
-    Returns: the detector's four losses, and what distillation needs: resizing and RoI sampling
-        are random, so the teacher must get the student's pixels and RoIs.
+    Returns: the four losses (the RPN has none in eval mode), and what distillation needs: resizing
+        and RoI sampling are random, so the teacher must get the student's pixels and RoIs.
     """
     batch, targets = student.transform(images, targets)
     feature_maps = student.backbone(batch.tensors)
@@ -189,31 +218,28 @@ def training_pass(student: nn.Module, images: list, targets: list) -> tuple[dict
     boxes, _, labels, wanted = student.roi_heads.select_training_samples(proposals, targets)
     emb, logits, offsets = box_branch(student, feature_maps, boxes, batch.image_sizes)
     cls, box = torchvision.models.detection.roi_heads.fastrcnn_loss(logits, offsets, labels, wanted)
-    losses = {"cls": cls, "box": box, "objectness": rpn_losses["loss_objectness"]}
-    losses["rpn_box"] = rpn_losses["loss_rpn_box_reg"]
+    losses = {"cls": cls, "box": box, "objectness": rpn_losses.get("loss_objectness")}
+    losses["rpn_box"] = rpn_losses.get("loss_rpn_box_reg")
     sizes, labels = batch.image_sizes, torch.cat(labels)
     return losses, SampledRoIs(batch.tensors, sizes, boxes, labels, feature_maps, emb, logits)
 
 
 @torch.no_grad()
-def compute_roi_class_means(teacher: nn.Module, batches, num_classes: int):
+def compute_roi_class_means(teacher: nn.Module, batches):
     """The teacher's mean box feature of each class, over RoIs sampled as in training.
 
     Args: teacher: a detector in eval mode; the RoIs come from the ground truth and from its own
-        proposals; batches: (images, targets, ...) as for `training_pass`; num_classes: K.
+        proposals; batches: (images, targets, ...) as for `training_pass`.
     Returns: means [K,1024] in float32, 0 for a class without RoIs; the number of RoIs [K].
     """
-    classifier = teacher.roi_heads.box_predictor.cls_score
-    sums = classifier.weight.new_zeros(num_classes, classifier.in_features, dtype=torch.float64)
-    counts = classifier.weight.new_zeros(num_classes, dtype=torch.int64)
+    print("class means of RoIs: one pass of the teacher", flush=True)
+    weight = teacher.roi_heads.box_predictor.cls_score.weight  # [K,1024]
+    sums = torch.zeros_like(weight, dtype=torch.float64)
+    counts = torch.zeros_like(weight[:, 0], dtype=torch.int64)
     for images, targets, *_ in batches:
-        batch, targets = teacher.transform(images, targets)
-        feature_maps = teacher.backbone(batch.tensors)
-        proposals, _ = teacher.rpn(batch, feature_maps)
-        boxes, _, labels, _ = teacher.roi_heads.select_training_samples(proposals, targets)
-        emb, _, _ = box_branch(teacher, feature_maps, boxes, batch.image_sizes)
-        sums.index_add_(0, torch.cat(labels), emb.double())
-        counts += torch.cat(labels).bincount(minlength=num_classes)
+        _, sampled = training_pass(teacher, images, targets)
+        sums.index_add_(0, sampled.labels, sampled.emb.double())
+        counts += sampled.labels.bincount(minlength=len(counts))
     common.sum_over_ranks(sums, counts)  # under torchrun: each rank saw its part of the images
     return (sums / counts.clamp_min(1)[:, None]).float(), counts
 
@@ -224,8 +250,7 @@ def roi_nd_loss(sampled: SampledRoIs, teacher_emb, class_means, class_counts, fo
     if foreground_only:
         counted &= sampled.labels > 0
     if not counted.any():
-        # A tensor, not the number 0.0: the log needs the same terms in every step.
-        return sampled.emb.sum() * 0.0
+        return sampled.emb.sum() * 0.0  # a tensor: the log needs the same terms in every step
     labels = sampled.labels[counted]
     return nd_loss(sampled.emb[counted], teacher_emb[counted], class_means, labels)
 
@@ -249,13 +274,13 @@ def distill(args: argparse.Namespace) -> dict:
     teacher = load_teacher(args, data, distill) if args.teacher else None
     if args.nd_weight:
         class_means, counts = load_roi_class_means(args, data, teacher)
-    asks_box_branch = args.nd_weight or args.kd_weight  # of the teacher, in every step
-    asks_teacher = asks_box_branch or args.reviewkd_weight
+    asks_teacher = args.nd_weight or args.kd_weight or args.reviewkd_weight  # in every step
 
     # SGD with momentum for all that is trained: not the stem and layer1 of a pretrained ResNet.
     student, auxiliary = student.to(data.device), auxiliary.to(data.device)
     trained = [p for p in (*student.parameters(), *auxiliary.parameters()) if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, args.lr, args.momentum, weight_decay=args.weight_decay)
+    options = dict(weight_decay=args.weight_decay, fused=data.device.type == "cuda" or None)
+    optimizer = torch.optim.SGD(trained, args.lr, args.momentum, **options)
     run.start(student=student, auxiliary=auxiliary, optimizer=optimizer, teacher=teacher)
 
     warm_up_steps = max(1, min(1000, run.total_steps // 10))
@@ -274,7 +299,7 @@ def distill(args: argparse.Namespace) -> dict:
                 with torch.no_grad():
                     if asks_teacher:
                         teacher_maps = teacher.backbone(sampled.pixels)
-                    if asks_box_branch:
+                    if args.nd_weight or args.kd_weight:
                         rois = sampled.boxes, sampled.sizes
                         teacher_emb, teacher_logits, _ = box_branch(teacher, teacher_maps, *rois)
                 if args.reviewkd_weight:
@@ -282,21 +307,22 @@ def distill(args: argparse.Namespace) -> dict:
                     maps = [m.float() for m in auxiliary["review"](maps, teacher_maps)]
 
             # Losses, in float32. A term of weight 0 is left out: 0.0, which is not logged.
-            nd = kd = reviewkd = 0.0
+            nd = kd = dkd = reviewkd = 0.0
             if args.nd_weight:
                 nd = roi_nd_loss(sampled, teacher_emb, class_means, counts, args.nd_foreground_only)
-            if args.kd_weight:
+            if args.kd_weight and args.base == "dkd":
+                dkd = dkd_loss(sampled.logits, teacher_logits, sampled.labels, **DKD)
+            elif args.kd_weight:
                 kd = kd_loss(sampled.logits, teacher_logits, temperature=1.0)
             if args.reviewkd_weight:
                 reviewkd = hcl_loss(maps, teacher_maps)
-            loss = losses["cls"] + losses["box"] + losses["objectness"] + losses["rpn_box"]
-            loss = loss + args.nd_weight * nd + args.kd_weight * kd
+            loss = sum(losses.values()) + args.nd_weight * nd + args.kd_weight * (kd + dkd)
             loss = loss + args.reviewkd_weight * reviewkd
             optimizer.zero_grad()
             loss.backward()
             run.average_gradients(optimizer)
             optimizer.step()
-            run.log({**losses, "nd": nd, "kd": kd, "reviewkd": reviewkd}, image_ids)
+            run.log({**losses, "nd": nd, "kd": kd, "dkd": dkd, "reviewkd": reviewkd}, image_ids)
             sampled = maps = teacher_maps = None  # frees the feature maps before the next step
         run.end_epoch(**evaluate_detector(student, data, args)[0])
 
@@ -314,7 +340,8 @@ PAPER_WEIGHTS = {
     "resnet101 resnet50": dict(kd=1.0, nd=1.0, review=1.4, review_nd=1.0, review_alone=1.0),
     "resnet50 mobilenet_v2": dict(kd=1.0, nd=1.0, review=2.2, review_nd=1.5, review_alone=2.0),
 }
-# fmt: off
+# From the code of DKD's authors, for every pair. DKD++ takes the weights of KD++: our choice.
+DKD = dict(alpha=1.0, beta=0.25, temperature=1.0)
 # The synthetic scenes are small and few, so a detector for them is small and trained from scratch.
 RECIPES = {
     "coco": dict(teacher="resnet50", student="resnet18", epochs=12, batch_size=8, regions=512,
@@ -322,25 +349,22 @@ RECIPES = {
     "shapes": dict(teacher="resnet18", student="mobilenet_v2", epochs=3, batch_size=4, lr=0.01,
         regions=32, fpn_width=64, smallest_anchor=16, pretrained_backbone=False, image_size=64,
         workers=0),
-}
-# fmt: on
+}  # fmt: skip
 NO_DISTILLATION = dict(nd_weight=0.0, kd_weight=0.0, reviewkd_weight=0.0)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = common.Parser("detect_nd", __doc__)
     add, weight = parser.add_argument_group("method").add_argument, common.weight
-    add("--base", choices=("kd", "reviewkd"), default="kd", help="loss to add ND to (default: kd)")
+    add("--base", choices=("kd", "dkd", "reviewkd"), default="kd", help="base loss (default: kd)")
     add("--nd-weight", type=weight, help="weight of ND (default: the paper's)")
-    add("--kd-weight", type=weight, help="of KD on RoIs, T = 1 (default: the paper's; reviewkd: 0)")
+    add("--kd-weight", type=weight, help="of KD, or DKD, on RoIs, T = 1 (default: 1; reviewkd: 0)")
     add("--reviewkd-weight", type=weight, help="of ReviewKD on FPN maps (default: paper's; kd: 0)")
     add("--nd-foreground-only", action="store_true", help="ablation: ND without background RoIs")
     add("--class-means-images", type=common.positive_int, help="images to average (default: all)")
     add_detection_arguments(parser)
     args = parser.parse_args(argv)
-    for name, value in RECIPES[args.dataset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    vars(args).update({k: v for k, v in RECIPES[args.dataset].items() if getattr(args, k) is None})
     args.lr = args.lr or 0.01 * args.batch_size / 8
     args.train_teacher = args.train_teacher or args.dataset == "shapes"
 
@@ -353,20 +377,21 @@ def parse_args(argv=None) -> argparse.Namespace:
     unset = {name: value for name, value in weights.items() if getattr(args, name) is None}
     vars(args).update(unset)
     if unset and not args.eval:
-        print(f"loss weights: {unset}, the paper's for {pair}", flush=True)
-    bases = {"KD": args.kd_weight, "ReviewKD": args.reviewkd_weight}
-    args.method = "+".join(name for name, value in bases.items() if value)
+        source = "ReviewKD++" if args.base == "reviewkd" else "KD++"
+        print(f"loss weights: {unset}, the paper's of {source} for {pair}", flush=True)
+    base = {"DKD" if args.base == "dkd" else "KD": args.kd_weight, "ReviewKD": args.reviewkd_weight}
+    args.method = "+".join(name for name, value in base.items() if value)
     if args.nd_weight:
         args.method = f"{args.method}++" if args.method else "ND"
         args.method += " on foreground" if args.nd_foreground_only else ""
     args.method = args.method or "plain"
 
-    on_gpu = common.pick_device(args.device).type == "cuda"
+    device = common.pick_device(args.device)
     if args.predict and not args.eval:
         raise common.UserError("--predict: name the weights to use: --eval runs/.../student.pt")
     if args.reviewkd_weight and args.batch_size < 2 * common.world():
         raise common.UserError("--batch-size: ReviewKD's BatchNorm needs 2 images or more a rank")
-    if args.reviewkd_weight and args.deterministic and on_gpu:
+    if args.reviewkd_weight and args.deterministic and device.type == "cuda":
         raise common.UserError("--base reviewkd: pooling has no --deterministic form on a GPU")
     if args.plot and common.pyplot() and args.method == "plain":
         raise common.UserError("--plot compares with no distillation: give a weight above 0")
@@ -384,6 +409,9 @@ def main(argv=None) -> dict | list[dict]:
     off = dict(NO_DISTILLATION, nd_foreground_only=False, plot=False)
     baselines = {"plain": dict(off, method="plain"), "kd": dict(off, method="KD")}
     baselines["kd"]["kd_weight"] = args.kd_weight or paper["kd"]
+    if args.base == "dkd":
+        baselines["dkd"] = dict(baselines["kd"], method="DKD")
+        baselines["kd"].update(base="kd", kd_weight=paper["kd"])
     if args.reviewkd_weight:
         # Without ND the paper weighs ReviewKD otherwise; a weight other than its default stays.
         default = args.reviewkd_weight == paper["review"]
@@ -392,15 +420,14 @@ def main(argv=None) -> dict | list[dict]:
     return common.launch(distill, args, baselines, needed=("plain",) if args.plot else ())
 
 
-# ----------------------------------------------------------------------------------------------
-# Chores that only detection has: flags, data, synthetic scenes, the detector, the teacher, AP and
-# figures. Nothing below this line belongs to the method.
-# ----------------------------------------------------------------------------------------------
+# --- Chores that only detection has -----------------------------------------------------------
+# Flags, data, synthetic scenes, the detector, the teacher, AP, figures: no part of the method.
 
 
 def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the recipe, the detector, the data and the run."""
     count, file, below_one = common.positive_int, common.file_path, common.number(float, 0, 0.9999)
+    pixels, processes = common.number(int, 8, 4096), common.number(int, 0, 256)
     backbone = common.one_of("backbone", BACKBONES)
     recipe = parser.add_argument_group(f"recipe and detector (backbones: {', '.join(BACKBONES)})")
     add, length = recipe.add_argument, recipe.add_mutually_exclusive_group().add_argument
@@ -420,8 +447,7 @@ def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
     add("--regions", type=count, help="RoIs an image in training (default: 512; shapes: 32)")
     add("--fpn-width", type=count, help="channels of the FPN (default: 256; shapes: 64)")
     add("--smallest-anchor", type=count, help="side at the finest level (default: 32; shapes: 16)")
-    add("--image-size", type=common.number(int, 8, 4096), help="short side in pixels (default: 640"
-        " to 800 in training, 800 in a test; shapes: 64)")  # fmt: skip
+    add("--image-size", type=pixels, help="short side (default: 640 to 800, test 800; shapes: 64)")
     add = parser.add_argument_group("data and run").add_argument
     add("--dataset", choices=("coco", "shapes"), default="coco", help="files in COCO's layout, or"
         " synthetic scenes, which need none (default: coco)")  # fmt: skip
@@ -430,8 +456,7 @@ def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
     add("--val-split", default="val2017", help="name of the split (default: val2017)")
     add("--keep-empty", action="store_true", help="train on images without annotations too")
     add("--train-size", type=count, help="number of training images (default: all)")
-    add("--workers", type=common.number(int, 0, 256), help="processes that decode images (default:"
-        " one a core, at most 8; shapes: 0)")  # fmt: skip
+    add("--workers", type=processes, help="to decode images (default: cores, up to 8; shapes: 0)")
     common.add_file_arguments(parser)
     add("--per-class", action="store_true", help="with --eval: print the AP of each class too")
     add("--predict", type=file, nargs="+", help="with --eval: draw detections on these images")
@@ -440,9 +465,8 @@ def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
 
 class DetectionData:
     """COCO's or Roboflow's layout. An image is a dict: COCO's entry, its path, and what can be
-    trained on, boxes [n,4] in pixels (x1, y1, x2, y2) and labels [n] from 1. It is decoded anew in
-    every pass. Images differ in size, so a batch is a list of them. `report` names all that was
-    left out or is odd."""
+    trained on, boxes [n,4] in pixels (x1, y1, x2, y2) and labels [n] from 1. Images differ in size,
+    so a batch is a list of them. `report` names all that was left out or is odd."""
 
     def __init__(self, root, splits, train_size, skip_bad_images, keep_empty, workers, device):
         self.workers, self.device = workers, device
@@ -512,24 +536,19 @@ class DetectionData:
 
     def _decoded(self, plan):
         """Yields lists of images [3,h,w] in 0..1, of torchvision's targets, and of image ids."""
-        for keys, batch in zip(plan, _decode(plan, self.workers)):
+        keys = [[(i["path"], (i["width"], i["height"]), flip) for i, flip in part] for part in plan]
+        decoded = common.read_in_workers(Decoder(), self.workers, batch_sampler=keys)
+        for part, contents in zip(plan, decoded):
             pixels, targets = [], []
-            for (image, flip), content in zip(keys, batch):
+            for (image, flip), content in zip(part, contents):
                 if isinstance(content, str):
                     raise common.UserError(f"{content}; --skip-bad-images leaves such images out")
                 pixels.append(content.to(self.device).float().div_(255))
-                boxes = image["boxes"].clone()
+                target = {k: image[k].to(self.device, copy=True) for k in ("boxes", "labels")}
                 if flip:
-                    boxes[:, [0, 2]] = image["width"] - boxes[:, [2, 0]]
-                boxes, labels = boxes.to(self.device), image["labels"].to(self.device)
-                targets.append({"boxes": boxes, "labels": labels})
-            yield pixels, targets, [image["id"] for image, _ in keys]
-
-
-def _decode(plan, workers):
-    """Yields each batch of (image, flip?) as a list of [3,h,w] uint8, or of what is wrong."""
-    keys = [[(i["path"], (i["width"], i["height"]), flip) for i, flip in keys] for keys in plan]
-    return common.read_in_workers(Decoder(), workers, batch_sampler=keys)
+                    target["boxes"][:, [0, 2]] = image["width"] - target["boxes"][:, [2, 0]]
+                targets.append(target)
+            yield pixels, targets, [image["id"] for image, _ in part]
 
 
 class Decoder:
@@ -539,10 +558,9 @@ class Decoder:
         path, size, flip = key
         try:
             image = common.read_rgb(path, upright=False)
-            turned = image if image.size == size else common.read_rgb(path, upright=True)
+            image = image if image.size == size else common.read_rgb(path, upright=True)
         except common.UserError as error:
             return str(error)
-        image = turned if turned.size == size else image
         if all(size) and image.size != size:
             return f"{path}: width and height are {image.size}, its annotation says {size}"
         pixels = np.array(image).transpose(2, 0, 1)
@@ -559,14 +577,6 @@ def load_detection_data(args) -> DetectionData:
     workers = min(8, common.cores()) if args.workers is None else args.workers
     choice = args.train_size, args.skip_bad_images, args.keep_empty, workers
     return _read_once(root, splits, *choice, common.pick_device(args.device))
-
-
-def _find_image(folder, name):
-    """The path of an image, which may be named with other folders or in the other Unicode form."""
-    parts = name.replace("\\", "/").split("/")
-    ends = ["/".join(parts[k:]) for k in range(len(parts))]
-    forms = [unicodedata.normalize(form, end) for end in ends for form in ("NFC", "NFD")]
-    return next((folder / n for n in (name, *forms) if (folder / n).is_file()), folder / name)
 
 
 _read_once = functools.lru_cache(maxsize=1)(DetectionData)  # for the runs of --compare and --seeds
@@ -627,12 +637,18 @@ def _read_split(root, split, skip_bad_images, keep_empty, workers):
     table = _read_table(path, content := path.read_bytes(), notes)
     images = [dict(image) for image in table.imgs.values()]
     for image in images:
-        image["path"] = file = str(_find_image(folder, image["file_name"]))
+        # The name may come with other folders, or in the other Unicode form.
+        parts = image["file_name"].replace("\\", "/").split("/")
+        ends = ["/".join(parts[k:]) for k in range(len(parts))]
+        forms = [unicodedata.normalize(form, end) for end in ends for form in ("NFC", "NFD")]
+        paths = [folder / name for name in (image["file_name"], *forms)]
+        image["path"] = file = str(next(filter(Path.is_file, paths), paths[0]))
         if (other := owners.setdefault(file, image["id"])) != image["id"]:
             raise common.UserError(f"{path}: images {other} and {image['id']} are one file: {file}")
     if skip_bad_images:
         # A pass of its own, so that the batches are full and a resumed run counts them alike.
-        decoded = _decode([[(image, False)] for image in images], workers)
+        keys = [[(i["path"], (i["width"], i["height"]), False)] for i in images]
+        decoded = common.read_in_workers(Decoder(), workers, batch_sampler=keys)
         problems = [content if isinstance(content, str) else "" for [content] in decoded]
         notes["left out, unreadable"] = [problem for problem in problems if problem]
         images = [image for image, problem in zip(images, problems) if not problem]
@@ -728,8 +744,6 @@ def _draw_scene(rng, size):
 
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
-# MobileNetV2's levels as in the paper: 24, 32, 96 and 320 channels at strides 4, 8, 16 and 32.
-MOBILENET_LEVELS = {"3": "0", "6": "1", "13": "2", "17": "3"}
 COCO_WEIGHTS = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1
 COCO_CLASSES = COCO_WEIGHTS.meta["categories"]  # by COCO's id, 0 the background, 91 with the gaps
 
@@ -745,7 +759,8 @@ def build_detector(name: str, num_classes: int, args, frozen_norm: bool = False)
     if pretrained:
         net.load_state_dict(_download(torchvision.models.get_model_weights(name).IMAGENET1K_V1))
     if name == "mobilenet_v2":
-        body, levels, channels = net.features, MOBILENET_LEVELS, [24, 32, 96, 320]
+        body, channels = net.features, [24, 32, 96, 320]
+        levels = {"3": "0", "6": "1", "13": "2", "17": "3"}  # strides 4 to 32, as in the paper
     else:
         body, levels = net, {f"layer{k + 1}": str(k) for k in range(4)}
         channels = [net.inplanes // 8 * 2**k for k in range(4)]
@@ -807,11 +822,9 @@ def load_teacher(args, data: DetectionData, distill) -> nn.Module:
     if path:
         teacher = load_detector(args.teacher, data.num_classes, args, path)
     elif (args.teacher, data.classes, args.fpn_width) == ("resnet50", list(COCO_CLASSES), 256):
-        teacher = build_detector("resnet50", 91, args, frozen_norm=True)
+        path, teacher = "torchvision", build_detector("resnet50", 91, args, frozen_norm=True)
         teacher.eval().requires_grad_(False).load_state_dict(_download(COCO_WEIGHTS))
-        for module in teacher.modules():
-            if isinstance(module, torchvision.ops.FrozenBatchNorm2d):
-                module.eps = 0.0  # as these weights were trained
+        torchvision.models.detection._utils.overwrite_eps(teacher, 0.0)  # as they were trained
     else:
         problem = "torchvision has resnet50 alone, for COCO's classes and an FPN of width 256"
         raise common.UserError(f"{problem}; give --teacher-ckpt FILE or --train-teacher")
@@ -819,10 +832,9 @@ def load_teacher(args, data: DetectionData, distill) -> nn.Module:
     key = (teacher.hash, data.fingerprint, args.precision, args.image_size)
     if key not in _TEACHER_AP:
         scores, _ = evaluate_detector(teacher, data, args)
-        source = path or "torchvision"
-        print(f"teacher {args.teacher} from {source}: {scores}", flush=True)
+        print(f"teacher {args.teacher} from {path}: {scores}", flush=True)
         if scores["AP"] < LOWEST_TEACHER_AP and (args.teacher_ckpt or not args.train_teacher):
-            raise common.UserError(f"{source} detects nothing: other categories or --image-size?")
+            raise common.UserError(f"{path} detects nothing: other categories or --image-size?")
         _TEACHER_AP[key] = scores["AP"]
     teacher.ap = _TEACHER_AP[key]
     return teacher
@@ -830,19 +842,14 @@ def load_teacher(args, data: DetectionData, distill) -> nn.Module:
 
 def load_roi_class_means(args, data: DetectionData, teacher: nn.Module):
     """`compute_roi_class_means` over the training set, cached beside the teachers."""
-    batches = data.batches(data.train[: args.class_means_images], args.batch_size, shared=True)
     names = ("class_means_images", "image_size", "smallest_anchor", "regions", "batch_size")
     made_by = {name: getattr(args, name) for name in names}
     made_by.update(teacher=teacher.hash, data=data.fingerprint, images=data.train_images)
     made_by.update(device=common.device_name(data.device), ranks=common.world())
-
-    def compute():
-        print("class means of RoIs: one pass of the teacher", flush=True)
-        torch.manual_seed(0)  # RoI sampling is random
-        return compute_roi_class_means(teacher, batches, data.num_classes)
-
+    batches = data.batches(data.train[: args.class_means_images], args.batch_size, shared=True)
+    torch.manual_seed(0)  # RoI sampling is random
     path = Path(f"checkpoints/roi-means-{teacher.hash}.pt")
-    means, counts = common.cached(path, made_by, compute)
+    means, counts = common.cached(path, made_by, compute_roi_class_means, teacher, batches)
     unseen = [name for name, count in zip(data.classes, counts) if count == 0 and name != "N/A"]
     if unseen:
         print(f"note: ND leaves out {len(unseen)} classes without RoI: {', '.join(unseen[:8])} ...")
@@ -852,7 +859,7 @@ def load_roi_class_means(args, data: DetectionData, teacher: nn.Module):
 @torch.no_grad()
 def evaluate_detector(model: nn.Module, data: DetectionData, args) -> tuple[dict, dict]:
     """AP in % on the validation split, by AP_NAMES and by category id; None where there is nothing.
-    Leaves the model in eval mode, with the BatchNorm statistics of rank 0."""
+    On every rank. Leaves the model in eval mode, with the BatchNorm statistics of rank 0."""
     model.eval()
     common.broadcast(model.buffers())
     found = []
@@ -865,18 +872,13 @@ def evaluate_detector(model: nn.Module, data: DetectionData, args) -> tuple[dict
             for box, category, score in zip(boxes, categories, result["scores"].tolist()):
                 found.append(dict(image_id=image_id, category_id=category, bbox=box, score=score))
     found = [detection for part in common.gather_objects(found) for detection in part]
-    scores = None
-    if common.rank() == 0:
-        evaluator = COCOeval_faster(data.ground_truth, data.ground_truth.loadRes(found), "bbox")
-        evaluator.params.imgIds = [image["id"] for image in data.val]
-        evaluator.run()
-        precision = evaluator.eval["precision"]  # [IoU, recall, class, area, detections an image]
-        by_class = [precision[:, :, k, 0, -1] for k in range(precision.shape[2])]
-        by_class = [p[p > -1].mean() if (p > -1).any() else -1 for p in by_class]
-        values = [*evaluator.stats[:6], *by_class]
-        values = [None if value < 0 else round(100 * float(value), 3) for value in values]
-        scores = dict(zip(AP_NAMES, values)), dict(zip(evaluator.params.catIds, values[6:]))
-    return common.gather_objects(scores)[0]
+    evaluator = COCOeval_faster(data.ground_truth, data.ground_truth.loadRes(found), "bbox")
+    evaluator.params.imgIds = [image["id"] for image in data.val]
+    evaluator.run()
+    # Precision is [IoU, recall, class, area, detections an image]; -1 for a class without objects.
+    values = [*evaluator.stats[:6], *evaluator.eval["precision"][:, :, :, 0, -1].mean((0, 1))]
+    values = [None if value < 0 else round(100 * float(value), 3) for value in values]
+    return dict(zip(AP_NAMES, values)), dict(zip(evaluator.params.catIds, values[6:]))
 
 
 def evaluate_file(args) -> None:
@@ -893,9 +895,8 @@ def evaluate_file(args) -> None:
         student = load_detector(args.student, data.num_classes, args, args.eval).to(data.device)
         scores, by_class = evaluate_detector(student, data, args)
         print(f"{args.student} from {args.eval}: {scores}")
-        if args.per_class:
-            names = dict(zip(data.category_ids, data.classes))
-            print(*(f"  {names[category]}: {ap}" for category, ap in by_class.items()), sep="\n")
+        for category, ap in by_class.items() if args.per_class else ():
+            print(f"  {data.ground_truth.cats[category]['name']}: {ap}")
         return
     if not classes:
         name = "roi_heads.box_predictor.cls_score.bias"  # one value a class

@@ -440,8 +440,7 @@ def distill(args) -> dict:
     student = student.to(data.device, memory_format=torch.channels_last)
     projector = projector.to(data.device)
     trained = [*student.parameters(), *projector.parameters()]
-    sgd = dict(momentum=args.momentum, nesterov=args.nesterov, weight_decay=args.weight_decay)
-    optimizer = torch.optim.SGD(trained, lr=args.lr, **sgd)
+    optimizer = common.sgd_or_adamw(args, trained)
     run.start(student=student, projector=projector, optimizer=optimizer, teacher=teacher)
 
     for epoch in run.epochs():
@@ -454,7 +453,7 @@ def distill(args) -> dict:
             else:
                 now = recipe["epochs"] * run.step // run.total_steps
                 lr = args.lr / 10 ** sum(now >= m for m in recipe["milestones"])
-            common.set_lr(optimizer, lr)
+            common.set_lr(optimizer, lr, run)
 
             # Forward: both networks see the same augmented images.
             with common.autocast(args):

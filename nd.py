@@ -272,8 +272,7 @@ def distill(args: argparse.Namespace) -> dict:
 
     student = student.to(data.device, memory_format=torch.channels_last)
     auxiliary = auxiliary.to(data.device)
-    sgd = dict(momentum=args.momentum, nesterov=args.nesterov, weight_decay=args.weight_decay)
-    optimizer = torch.optim.SGD([*student.parameters(), *auxiliary.parameters()], lr=args.lr, **sgd)
+    optimizer = common.sgd_or_adamw(args, [*student.parameters(), *auxiliary.parameters()])
     run.start(student=student, auxiliary=auxiliary, optimizer=optimizer, teacher=teacher)
 
     alpha, beta, temperature = args.dkd_alpha, args.dkd_beta, args.temperature
@@ -283,7 +282,8 @@ def distill(args: argparse.Namespace) -> dict:
         for images, labels in run.batches():
             # Schedule, in epochs of the full recipe: CIFAR 0 to 239, however long this run is.
             now = recipe["epochs"] * run.step // run.total_steps
-            common.set_lr(optimizer, args.lr / 10 ** sum(now >= m for m in recipe["milestones"]))
+            drops = sum(now >= milestone for milestone in recipe["milestones"])
+            common.set_lr(optimizer, args.lr / 10**drops, run)
             warm_up = min(1.0, now / recipe["warm_up"])
 
             # Forward: both networks see the same augmented images.

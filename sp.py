@@ -183,8 +183,7 @@ def distill(args) -> dict:
         teacher = common.load_teacher(teacher, args, data, distill)
 
     student = student.to(data.device, memory_format=torch.channels_last)
-    options = dict(momentum=args.momentum, nesterov=args.nesterov, weight_decay=args.weight_decay)
-    optimizer = torch.optim.SGD(student.parameters(), lr=args.lr, **options)
+    optimizer = common.sgd_or_adamw(args, student.parameters())
     run.start(student=student, optimizer=optimizer, teacher=teacher)
     stages = slice(None) if args.sp_maps == "all" else slice(-1, None)  # for sp and intra
 
@@ -194,7 +193,7 @@ def distill(args) -> dict:
             # Schedule, in epochs of the full recipe: a shorter run has the same shape.
             now = recipe["epochs"] * run.step // run.total_steps
             drops = sum(now >= milestone for milestone in recipe["milestones"])
-            common.set_lr(optimizer, args.lr * recipe["factor"] ** drops)
+            common.set_lr(optimizer, args.lr * recipe["factor"] ** drops, run)
 
             # Forward: both networks see the same augmented images.
             with common.autocast(args):

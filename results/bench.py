@@ -162,7 +162,7 @@ def detection(options, device):
         optimizer.step()
 
     step()
-    detect_nd.evaluate_detector = lambda *_: dict.fromkeys(detect_nd.AP_NAMES, 50.0)
+    detect_nd.evaluate_detector = lambda *_: (dict.fromkeys(detect_nd.AP_NAMES, 50.0), {})
     command = "--dataset shapes --teacher-ckpt detector.pth --train-size"
     command += f" {args.batch_size * options.steps}"
     methods = {"no distillation": "--nd-weight 0 --kd-weight 0", "KD": "--nd-weight 0"}

@@ -169,6 +169,8 @@ def main() -> int:
     options = parser.parse_args()
     embeddings = ROOT / "nd-embeddings.json"
     if options.measure_nd:
+        if not (options.measure_nd / "result.json").exists():
+            parser.error(f"--measure-nd {options.measure_nd}: no result.json there")
         embeddings.write_text(json.dumps(measure_nd(options.measure_nd)) + "\n")
     (ROOT / "figures").mkdir(exist_ok=True)
     figures = {name: draw_table(*source) for name, source in TABLES.items()}

@@ -14,6 +14,7 @@ and how far the best test epoch lies above the last, from the log (.jsonl) besid
 """
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 from scipy import stats
 
 SCORES = {"top1": "top-1 %", "ap": "AP %"}
-RECIPE = ("batch_size", "lr", "momentum", "nesterov", "weight_decay", "precision")
+RECIPE = ("optimizer", "batch_size", "lr", "momentum", "nesterov", "weight_decay", "precision")
 FIELDS = dict(method=str, dataset=str, student=str, train_images=int, epochs=int, seed=int)
 FIELDS |= dict.fromkeys(("teacher", "teacher_hash", "data_hash", "student_hash"), str | None)
 FIELDS |= dict(args=dict, world_size=int | None)
@@ -71,7 +72,7 @@ def setup(run: dict) -> tuple:
     recipe = [run["args"].get(key) for key in RECIPE]
     split = " (validation)" if run["args"].get("val_size") else ""
     data = f"{run['dataset']}{split}, {run['train_images']:,}, {run['epochs']}"
-    data = f"{data}, {recipe[0]}, {recipe[1]}", run.get("data_hash"), str(recipe)
+    data = f"{data}, {recipe[1]}, {recipe[2]}", run.get("data_hash"), str(recipe)
     return *data, run.get("teacher"), run.get("teacher_hash") or teacher_score(run), run["student"]
 
 
@@ -166,6 +167,10 @@ def main(paths: list[str]) -> int:
             return 0
         if not paths or paths == ["--paired"]:
             raise ValueError("no files given, try: python results/table.py results/*/*.json")
+        set_aside = [path for path in paths if re.fullmatch(r"old\d+", Path(path).parent.name)]
+        if set_aside:  # by a later run of the same name
+            print(f"note: left out: {', '.join(set_aside)}", file=sys.stderr)
+            paths = [path for path in paths if path not in set_aside]
         if paths[0] == "--paired":
             print(paired(paths[1:]))
             return 0

@@ -91,9 +91,8 @@ def norm_loss(student_emb, teacher_emb):
 def kd_loss(student_logits, teacher_logits, temperature=4.0):
     """T^2 mean_i KL(softmax(teacher_i / T) || softmax(student_i / T))"""
     pairs = zip(teacher_logits, student_logits)
-    return temperature**2 * mean(
-        kl(log_softmax(t, temperature), log_softmax(s, temperature)) for t, s in pairs
-    )
+    kls = [kl(log_softmax(t, temperature), log_softmax(s, temperature)) for t, s in pairs]
+    return temperature**2 * mean(kls)
 
 
 def dkd_loss(student_logits, teacher_logits, labels, alpha=1.0, beta=8.0, temperature=4.0):
@@ -290,11 +289,9 @@ def DCDLoss(student_emb, teacher_emb, tau, alpha=0.5, max_scale=10.0, temperatur
     t = [project(x, "teacher_head") for x in teacher_emb]
     scale = 1 / temperature if temperature else min(math.exp(tau), max_scale)
     similarity = [[scale * dot(a, b) for b in t] for a in s]
-    terms = {
-        "contrastive": contrastive_loss(similarity),
-        "consistency": consistency_loss(similarity),
-    }
-    return terms.get(more.get("terms"), terms["contrastive"] + alpha * terms["consistency"])
+    contrastive, consistency = contrastive_loss(similarity), consistency_loss(similarity)
+    terms = dict(contrastive=contrastive, consistency=consistency)
+    return terms.get(more.get("terms"), contrastive + alpha * consistency)
 
 
 # --- kd2m.py --------------------------------------------------------------------------------------
@@ -383,10 +380,8 @@ def kl_gaussian(student_emb, teacher_emb, direction="student", floor=1e-3):
     """1/2 sum_k [ v / w + (a - b)^2 / w - 1 - log(v / w) ] of N(a, v) against N(b, w)"""
 
     def divergence(a, v, b, w):
-        return sum(
-            (v / w + (a - b) ** 2 / w - 1 + math.log(w) - math.log(v)) / 2
-            for a, v, b, w in zip(a, v, b, w)
-        )
+        each = zip(a, v, b, w)  # feature by feature
+        return sum((v / w + (a - b) ** 2 / w - 1 - math.log(v / w)) / 2 for a, v, b, w in each)
 
     a, v, b, w = floored_moments(student_emb, teacher_emb, floor)
     student, teacher = divergence(a, v, b, w), divergence(b, w, a, v)
@@ -605,7 +600,7 @@ LOSSES = {
     "direction_loss": Case("nd", direction_loss, {"student_emb": "B D", **MEANS, **LABELS}),
     "norm_loss": Case("nd", norm_loss, EMB),
     "kd_loss": Case(ALL, kd_loss, LOGITS, ({}, {"temperature": 1.0})),
-    "dkd_loss": Case("nd", dkd_loss, {**LOGITS, **LABELS}, DKD),
+    "dkd_loss": Case("nd detect_nd", dkd_loss, {**LOGITS, **LABELS}, DKD),
     "dist_loss": Case("nd", dist_loss, LOGITS, DIST),
     "ReviewKD": Case("nd detect_nd", ReviewKD, REVIEWS, call=call_review, batch=3, least=2),
     "hcl_loss": Case("nd detect_nd", hcl_loss, PYRAMIDS, call=call_hcl, batch=2),

@@ -248,9 +248,8 @@ def test_sixteen_bits_a_colour_are_refused_too(cwd):
     """Pillow would cut them to 8 without a word."""
 
     def chunk(kind, data):
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
+        checksum = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
 
     header, rows = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0), (b"\0" + bytes(12)) * 2
     content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)

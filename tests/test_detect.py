@@ -139,8 +139,7 @@ def test_boxes_keep_their_digits_under_bf16(quick):
     with torch.autocast("cpu", torch.bfloat16):
         losses, sampled = detect_nd.training_pass(student, [torch.rand(3, 32, 1024)], targets)
         found = student.eval()([torch.rand(3, 32, 32)])[0]["boxes"]
-    for box in boxes:  # the ground truth is among the RoIs
-        assert (sampled.boxes[0] == box).all(1).any()
+    assert all((sampled.boxes[0] == box).all(1).any() for box in boxes)  # ground truth is sampled
     for numbers in (found, sampled.boxes[0], sampled.emb, sampled.logits, *losses.values()):
         assert numbers.dtype == torch.float32 and numbers.isfinite().all()
     assert run(f"{quick} --precision bf16 --train-size 4 --epochs 1 --out o") == 0
@@ -291,9 +290,7 @@ def test_scenes_are_bit_for_bit_what_they_were():
 
 def test_ap_is_pycocotools():
     """On random detections, through the labels and the box format of a detector."""
-    pycocotools = pytest.importorskip("pycocotools.coco")
-    from pycocotools.cocoeval import COCOeval
-
+    coco, cocoeval = map(pytest.importorskip, ("pycocotools.coco", "pycocotools.cocoeval"))
     rng, ids = np.random.default_rng(0), np.array([0, 4, 9])
     image = np.repeat(np.arange(11), 6)  # the twelfth has no boxes
     boxes = np.hstack([rng.uniform(0, 250, (66, 2)), rng.uniform(8, 200, (66, 2))])
@@ -309,8 +306,8 @@ def test_ap_is_pycocotools():
     images = [dict(id=i, width=640, height=480, file_name=f"{i}.png") for i in range(12)]
     categories = [dict(id=i, name=f"c{i}") for i in ids.tolist()]
     write_coco(dict(images=images, annotations=truth, categories=categories))
-    theirs = pycocotools.COCO("coco/annotations/instances_val2017.json")
-    evaluator = COCOeval(theirs, theirs.loadRes(found), "bbox")
+    theirs = coco.COCO("coco/annotations/instances_val2017.json")
+    evaluator = cocoeval.COCOeval(theirs, theirs.loadRes(found), "bbox")
     for step in (evaluator.evaluate, evaluator.accumulate, evaluator.summarize):
         step()
     corners = np.hstack([guesses[:, :2], guesses[:, :2] + guesses[:, 2:]])
@@ -420,16 +417,19 @@ def gradients_by_hand(args, teacher, means, images, targets, draws):
             nd.append(1 - F.cosine_similarity(s_row, means[label], dim=0) * length)
     assert 0 < len(nd) < len(labels)
     p, q = t_logits.softmax(1), seen.logits.softmax(1)
-    fused = review(list(seen.feature_maps.values()), list(t_maps.values()))
+    kd = (p * (p / q).log()).sum(1).mean()
+    if args.base == "dkd":  # over all RoIs: the background is a class
+        kd = detect_nd.dkd_loss(seen.logits, t_logits, seen.labels, 1.0, 0.25, temperature=1.0)
+    t_maps = list(t_maps.values())
+    fused = review(list(seen.feature_maps.values()), t_maps)
     loss = sum(losses.values()) + WEIGHTS["nd"] * sum(nd) / len(nd)
-    loss = loss + WEIGHTS["kd"] * (p * (p / q).log()).sum(1).mean()
-    loss = loss + WEIGHTS["reviewkd"] * detect_nd.hcl_loss(fused, list(t_maps.values()))
+    loss = loss + WEIGHTS["kd"] * kd + WEIGHTS["reviewkd"] * detect_nd.hcl_loss(fused, t_maps)
     loss.backward()
     nets = torch.nn.ModuleDict(dict(student=student, review=review))
     return {name: p.grad for name, p in nets.named_parameters()}
 
 
-@pytest.mark.parametrize("ranks, flag", [(1, ""), (2, "--nd-foreground-only")])
+@pytest.mark.parametrize("ranks, flag", [(1, ""), (2, "--nd-foreground-only --base dkd")])
 def test_a_step_is_the_one_written_by_hand(quick, ranks, flag):
     """Terms, weights, temperature, pixels, RoIs, class means, the mean over ranks, and AP."""
     command = f"{quick} {flag} --iterations 1 --seed 4 --class-means-images 2 --device cpu --out o"
@@ -445,19 +445,16 @@ def test_a_step_is_the_one_written_by_hand(quick, ranks, flag):
     torch.manual_seed(0)
     [(images, targets, _)] = data.batches(data.train[:2], 4)
     batch, targets = teacher.transform(images, targets)
-    maps, rows = teacher.backbone(batch.tensors), {}
+    maps = teacher.backbone(batch.tensors)
     proposals, _ = teacher.rpn(batch, maps)
     boxes, _, labels, _ = teacher.roi_heads.select_training_samples(proposals, targets)
     emb, _, _ = detect_nd.box_branch(teacher, maps, boxes, batch.image_sizes)
-    for row, label in zip(emb, torch.cat(labels).tolist()):
-        rows.setdefault(label, []).append(row)
-    means = {label: torch.stack(vectors).mean(0) for label, vectors in rows.items()}
+    labels = torch.cat(labels)
+    means = {label: emb[labels == label].mean(0) for label in labels.unique().tolist()}
     [(images, targets, _)] = data.train_batches(4, 400_012, 0, 1)
-    by_rank = []
-    for rank in range(ranks):
-        part = slice(4 * rank // ranks, 4 * (rank + 1) // ranks)
-        shown = images[part], targets[part], 4 + 7919 * rank
-        by_rank.append(gradients_by_hand(args, teacher, means, *shown))
+    by_hand = functools.partial(gradients_by_hand, args, teacher, means)
+    parts = [slice(4 * rank // ranks, 4 * (rank + 1) // ranks) for rank in range(ranks)]
+    by_rank = [by_hand(images[p], targets[p], 4 + 7919 * rank) for rank, p in enumerate(parts)]
     for rank in range(ranks):
         kept = torch.load(f"kept{rank}.pt", weights_only=True)
         assert same(kept["teacher"], teacher.state_dict())
@@ -469,6 +466,7 @@ def test_a_step_is_the_one_written_by_hand(quick, ranks, flag):
             assert error.norm() < 2e-3 * wanted.norm(), part
     scores, _ = detect_nd.evaluate_detector(teacher, data, args)
     assert result("o")["teacher_ap"] == scores["AP"] > 0  # that of one process, to the digit
+    assert lines("o")[0].keys() & {"nd", "kd", "dkd", "reviewkd"} == {"nd", args.base, "reviewkd"}
 
 
 def test_resume_within_and_at_the_end_of_an_epoch(quick):
@@ -504,19 +502,25 @@ def test_bad_images_are_errors_or_skipped(quick, capsys):
     assert f"unreadable: {path}: " in Path("o/data_report.txt").read_text()
 
 
-def test_compare_plot_and_predict(quick, capsys):
-    more = "--base reviewkd --reviewkd-weight 3 --iterations 1 --out o --compare --plot"
-    assert run(quick, *more.split()) == 0
-    text, alone = capsys.readouterr().out, result("o/reviewkd")["args"]
-    assert alone["reviewkd_weight"] == 3 and alone["nd_weight"] == 0
-    methods = re.findall(r"^\| (\S+) \| 1 \|", text[text.index("| method | n | AP |") :], re.M)
-    assert methods == ["plain", "KD", "ReviewKD", "ReviewKD++"]
+@pytest.mark.parametrize("base, runs", [  # of each run: method, weights of ND, KD or DKD, ReviewKD
+    ("dkd --kd-weight 2", "plain 0 0 0, KD 0 1 0, DKD 0 2 0, DKD++ 1.5 2 0"),
+    ("reviewkd --reviewkd-weight 3", "plain 0 0 0, KD 0 1 0, ReviewKD 0 0 3, ReviewKD++ 1.5 0 3"),
+])  # fmt: skip
+def test_compare_plot_and_predict(quick, capsys, base, runs):
+    done = detect_nd.main(f"{quick} --base {base} --iterations 1 --out o --compare --plot".split())
+    row = "{method} {nd_weight:g} {kd_weight:g} {reviewkd_weight:g}"
+    assert ", ".join(row.format(**r["args"]) for r in done) == runs
+    assert "kd" in lines("o/kd")[0] and "dkd" not in lines("o/kd")[0]
+    table = re.findall(r"^\| (\S+) \| (?:1|n \| AP) \|", capsys.readouterr().out, re.M)
+    assert table == ["method", *re.findall(r"[A-Za-z]\S*", runs)]
     assert Image.open("o/detections.png").width > 500
     Image.new("CMYK", (70, 80)).save("mine.jpg", exif=TURNED)
     Image.new("L", (70, 80)).save("mine.png")
     assert run("--eval o/student.pt --predict mine.jpg mine.png --out boxes") == 0
     drawn, other = Image.open("boxes/mine-boxes.png"), Image.open("boxes/mine-boxes-2.png")
     assert drawn.mode == "RGB" and drawn.width > drawn.height and other.width < other.height
+    args = parsed("--base dkd --teacher resnet101 --student resnet50")
+    assert (args.method, args.nd_weight, args.kd_weight) == ("DKD++", 1, 1)
 
 
 BAD_INPUT = (  # of which entries of a table the first is changed, how, and what the error says

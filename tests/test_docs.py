@@ -19,9 +19,8 @@ SCRIPTS = ("nd", "sp", "dcd", "kd2m")
 MODULES = {name: importlib.import_module(name) for name in (*SCRIPTS, "detect_nd")}
 README = (ROOT / "README.md").read_text()
 TEXTS = [README, *(module.__doc__ for module in MODULES.values())]
-SMALLER = dict.fromkeys(
-    "resnet56 resnet20 resnet32x4 resnet8x4 resnet34 resnet18 wrn_16_8 wrn_40_2".split(), "resnet8"
-) | {"mobilenet_v3_large": "mobilenet_v3_small"}
+LARGE = "resnet56 resnet20 resnet32x4 resnet8x4 resnet34 resnet18 wrn_16_8 wrn_40_2".split()
+SMALLER = dict.fromkeys(LARGE, "resnet8") | {"mobilenet_v3_large": "mobilenet_v3_small"}
 
 
 def commands():
@@ -52,11 +51,8 @@ def test_commands_run(cwd, few_shapes, any_teacher_passes, monkeypatch, capsys, 
         return build("resnet8" if num_classes == 1000 else SMALLER.get(name, name), num_classes)
 
     monkeypatch.setattr(common, "build_model", smaller)
-    monkeypatch.setattr(
-        common,
-        "_read_torchvision",
-        lambda name, *_: (splits[name], splits[name], [str(k) for k in range(10)]),
-    )
+    read = lambda name, *_: (splits[name], splits[name], list("0123456789"))  # noqa: E731
+    monkeypatch.setattr(common, "_read_torchvision", read)
     for root in ("data/cifar100", "my-images")[: 1 + ("my-images" in command)]:
         make_images(root, rng)
     if "imagenet" in command:
@@ -145,9 +141,8 @@ def test_a_method_of_ones_own(cwd, few_shapes, any_teacher_passes, monkeypatch):
     monkeypatch.syspath_prepend(str(cwd))
     results = importlib.import_module("my").main(f"{QUICK} --epochs 1 --compare --out o".split())
     assert [r["method"] for r in results] == ["CE", "KD", "MY"]
-    assert (
-        results[2]["script"] == "my.py" and "sp" in lines("o")[0] and "sp" not in lines("o/kd")[0]
-    )
+    assert "sp" in lines("o")[0] and "sp" not in lines("o/kd")[0]
+    assert results[2]["script"] == "my.py"
 
 
 @pytest.mark.parametrize("script", MODULES)

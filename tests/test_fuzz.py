@@ -38,10 +38,8 @@ def flags(script):
 
 
 def command(script):
-    word = st.sampled_from(WORDS) | st.text(max_size=5)
-    part = st.tuples(st.sampled_from(flags(script))) | st.tuples(
-        st.sampled_from(flags(script)), word
-    )
+    word, flag = st.sampled_from(WORDS) | st.text(max_size=5), st.sampled_from(flags(script))
+    part = st.tuples(flag) | st.tuples(flag, word)
     return st.tuples(st.just(script), st.lists(part | st.tuples(word), max_size=4))
 
 

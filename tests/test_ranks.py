@@ -41,10 +41,7 @@ CASES = {
     "other initial weights": "sp --sp-weight 0",  # of rank 1, as on another kind of CPU
 }
 # Not to compare with one process, but everything that is trained has to stay alike.
-SYNCHRONOUS = {
-    "bf16": "sp --kd-weight 1 --precision bf16",
-    "batchnorm and projector": "nd --student wrn_16_2",
-}
+SYNCHRONOUS = {"bf16": "sp --kd-weight 1 --precision bf16", "projector": "nd --student wrn_16_2"}
 
 
 def without_batchnorm(net):

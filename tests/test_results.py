@@ -17,9 +17,8 @@ import sizes  # noqa: E402
 import table  # noqa: E402
 
 README = (ROOT / "results" / "README.md").read_text()
-TABLES = dict(
-    re.findall(r"<!-- ((?:--paired )?results/.+?) -->\n\n((?:\|.*\n)+)", README)
-)  # source: table
+PATTERN = r"<!-- ((?:--paired )?results/.+?) -->\n\n((?:\|.*\n)+)"
+TABLES = dict(re.findall(PATTERN, README))  # source: table
 RUNS = sorted(ROOT.glob("results/*/*.json"))
 
 

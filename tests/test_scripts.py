@@ -1,7 +1,9 @@
 """The four classification scripts as people use them: whole runs, their files, stops, bad input."""
 
+import argparse
 import inspect
 import json
+import math
 import os
 import re
 import shlex
@@ -100,27 +102,41 @@ def test_one_command_trains_the_teacher_and_writes_the_run(cwd, script, capsys):
 
 
 @every_script
-def test_weights_of_zero_are_plain_training_bit_for_bit(quick, script):
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_weights_of_zero_are_plain_training_bit_for_bit(quick, script, name):
     """Against training written here from scratch, without a line of the script."""
     lr, nesterov = (0.1, True) if script == "nd" else (0.05, False)
-    assert run(script, quick, *f"--epochs 3 --seed 5 {PLAIN[script]}".split()) == 0
+    command = f"--epochs 3 --seed 5 {PLAIN[script]}" + " --optimizer adamw" * (name == "adamw")
+    assert run(script, quick, *command.split()) == 0
     assert result("o")["method"] == "CE"
     assert not lines("o")[0].keys() & {"kd", "nd", "sp", "dcd", "w2_empirical"}
     data, step = helpers.shapes(train_size=48), 0
     torch.manual_seed(5)
     net = common.build_model("resnet8", 24).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), lr, 0.9, weight_decay=5e-4, nesterov=nesterov)
+    if name == "adamw":
+        optimizer = torch.optim.AdamW(net.parameters(), 5e-4, weight_decay=0.05)
     for epoch in range(3):
         net.train()
         for images, labels in data.batches("train", 24, 5 * 100_003 + epoch, augment=True):
             drops = sum(8 * step >= 6 * k for k in (5, 6, 7))  # after 5/8, 6/8, 7/8 of 6 steps
             now = lr * 0.1**drops if script == "sp" else lr / 10**drops
+            if name == "adamw":  # of 7 parts, since both ends would be 0; 5 % of 6 steps are none
+                now = 5e-4 * (0.5 + 0.5 * math.cos(math.pi * (step + 1) / 7))
             optimizer.param_groups[0]["lr"] = now
             optimizer.zero_grad()
             F.cross_entropy(net(images), labels).backward()
             optimizer.step()
             step += 1
     assert same(weights("o/student.pt"), net.state_dict())
+
+
+def test_adamw_warms_up_in_a_twentieth_of_the_run():
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=1.0)
+    for step, lr in {0: 0.2 * 1.99951, 2: 0.6 * 1.99556, 4: 1.98769, 49: 1.0, 98: 0.000493}.items():
+        run = types.SimpleNamespace(step=step, total_steps=99, args=argparse.Namespace(lr=2.0))
+        common.set_lr(optimizer, 0.1, run)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(lr, rel=1e-3)
 
 
 BASELINES = {  # command -> the arguments of every run that it makes, the method's last
@@ -493,7 +509,7 @@ def test_options_reach_the_metric_of_kd2m(quick, monkeypatch):
 @every_script
 def test_resume_gives_the_same_student_bit_for_bit(cwd, script, any_teacher_passes):
     """Stopped by SIGTERM within and between epochs, and killed without warning."""
-    command = f"{with_teacher(script)} --epochs 3"
+    command = f"{with_teacher(script)} --epochs 3" + " --optimizer adamw" * (script == "sp")
     assert run(script, command, "--out", "whole") == 0
     for step, saved, number, flags in (
         (3, (1, 1), signal.SIGTERM, ""),
@@ -638,6 +654,7 @@ ONE = {  # script and arguments -> words of the error
     "dcd --embed-dim 1000000000000000000": "--embed-dim.*65536",
     "dcd --student-ckpt chance.pth": "--transfer",
     "dcd --transfer shapes": "--student-ckpt",
+    "dcd --transfer shapes --student-ckpt chance.pth --optimizer adamw": "--transfer: SGD",
     "dcd --transfer shapes --student-ckpt absent.pt": "absent.pt: no such file",
     "dcd --transfer shapes --student-ckpt other.pth": "other.pth.*architecture",
     "kd2m --metric w2_empirica": "--metric.*w2_empirical",
