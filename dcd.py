@@ -30,7 +30,8 @@ MobileNetV2, 10,000 images, 15 epochs: CE 19.13 ± 0.14, KD 24.48 ± 1.03, DCD 2
 
 Differences from the paper and its code:
  1. No offset on the similarities: it cancels in every softmax, so its gradient is zero.
- 2. ImageNet: tau is trained (code: never); a crop has 0.08 to 1 of the area (code: 0.1 to 1).
+ 2. ImageNet: tau is trained (code: never); a crop has 0.08 to 1 of the area, at an aspect of 3/4
+    to 4/3 (code: 0.1 to 1, 0.8 to 1.25).
  3. --fixed-temperature 0.07 divides the cosines by 0.07; the published code multiplies by it.
  4. KD is ce + kd (RepDistiller: 0.1 ce + 0.9 kd). The last, smaller batch is used, not dropped.
  5. The probe keeps BatchNorm in eval mode; --transfer-bn batch is the published train mode.
@@ -324,7 +325,7 @@ RECIPES = {  # cifar: RepDistiller's and the paper's, for all but ImageNet; imag
     "cifar": dict(teacher="resnet56", student="resnet20", epochs=240, batch_size=64, lr=0.05,
         small_lr=0.01, nesterov=False, weight_decay=5e-4, milestones=(150, 180, 210)),
     "imagenet": dict(teacher="resnet34", student="resnet18", epochs=120, batch_size=256, lr=0.1,
-        nesterov=False, weight_decay=1e-4, milestones=(30, 60, 90)),
+        small_lr=0.01, nesterov=False, weight_decay=1e-4, milestones=(30, 60, 90)),
 }
 # fmt: on
 

@@ -30,7 +30,7 @@ Differences from the paper's code:
  3. Class means: of this teacher, clean images, its own proposals, summed in float64.
  4. --nd-weight also applies with ReviewKD (there: never read). DKD++ is ours, with that of KD++.
  5. LR milestones are at 2/3 and 8/9 of any run (there: at 120,000 and 160,000 of 180,000 steps).
- 6. Norm layers have weight decay (there: none); RoIAlign has aligned=False (there: True).
+ 6. Norm layers decay (there: not), RoIAlign is not aligned (there: is), box heads start otherwise.
  7. Teachers: torchvision's (AP 37.0), or trained as long as a student (there: three times that).
 As there, a rank computes the losses of its own images; gradients are averaged over the ranks.
 """

@@ -290,8 +290,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--at-weight", **weight, default=0.0, help="weight of AT, usually 1000 (default: 0)")
     add("--temperature", type=common.positive, default=4.0, help="temperature of KD (default: 4)")
     add("--plot", action="store_true", help="draw similarities.png; trains a CE-only baseline too")
-    add("--recipe", choices=tuple(RECIPES), help="what sets --dataset and the defaults below"
-        " (default: benchmark; with --dataset imagenet: imagenet)")
+    add("--recipe", choices=tuple(RECIPES), help="what sets --dataset and the defaults below; paper"
+        " is that of a replication (default: benchmark; with --dataset imagenet: imagenet)")
     # fmt: on
     common.add_recipe_arguments(parser, RECIPES)
     common.add_run_arguments(parser)
