@@ -365,18 +365,8 @@ PAPER_WEIGHTS = {
 # fmt: on
 
 
-def paper_weights(args, base: str, with_nd: bool) -> tuple[dict, str]:
-    """The paper's weights of a base loss with or without ND, by flag, and the pair they are for."""
-    table = PAPER_WEIGHTS.get(args.dataset, PAPER_WEIGHTS["cifar"])
-    name = BASES[base] if not with_nd and BASES[base] in table else BASES[base] + "++"
-    pair = f"{args.teacher} {args.student}"
-    column = table["pairs"].index(pair) if pair in table["pairs"] else 0
-    flags = {"kd": "kd_weight", "nd": "nd_weight", "alpha": "dkd_alpha", "beta": "dkd_beta"}
-    weights = {"kd_weight": 1.0} | {flags[k]: row[column] for k, row in table[name].items()}
-    return (weights if with_nd else weights | {"nd_weight": 0.0}), table["pairs"][column]
-
-
-def parse_args(argv=None) -> argparse.Namespace:
+def parse_args(argv=None, **changes) -> argparse.Namespace:
+    """Read the command line and fill in what it leaves open. changes: flags of a baseline."""
     parser = common.Parser("nd", __doc__)
     weight = dict(type=common.weight, metavar="X")
     add = parser.add_argument_group("method").add_argument
@@ -394,18 +384,25 @@ def parse_args(argv=None) -> argparse.Namespace:
     common.add_recipe_arguments(parser, RECIPES)
     common.add_run_arguments(parser)
     args = parser.parse_args(argv)
+    vars(args).update(changes)
     common.fill_recipe(args, RECIPES.get(args.dataset, RECIPES["cifar"]))
     # Unset loss weights: the paper's for this pair, or its first pair. An ablation replaces ND.
+    table, base = PAPER_WEIGHTS.get(args.dataset, PAPER_WEIGHTS["cifar"]), BASES[args.base]
+    pair = f"{args.teacher} {args.student}"
+    pair = pair if pair in table["pairs"] else table["pairs"][0]
     ablation = args.direction_weight or args.norm_weight
-    if ablation and args.nd_weight is None:
-        args.nd_weight = 0.0
-    weights, pair = paper_weights(args, args.base, ablation or args.nd_weight != 0)
-    weights = {k: v for k, v in weights.items() if getattr(args, k) is None}
-    print(f"default loss weights, the paper's for {pair.replace(' ', ' -> ')}: {weights}")
+    alone = args.nd_weight == 0 and not ablation
+    row = table[base if alone and base in table else f"{base}++"]  # alone: its own, if published
+    flags = {"kd": "kd_weight", "nd": "nd_weight", "alpha": "dkd_alpha", "beta": "dkd_beta"}
+    weights = {flags[name]: row[name][table["pairs"].index(pair)] for name in row}
+    weights = {"kd_weight": 1.0} | weights | ({"nd_weight": 0.0} if ablation else {})
+    weights = {name: value for name, value in weights.items() if getattr(args, name) is None}
     vars(args).update(weights)
+    if not changes:
+        print(f"default loss weights, the paper's for {pair.replace(' ', ' -> ')}: {weights}")
     if not args.ce_weight and (args.base == "reviewkd" or not args.kd_weight):
         raise common.UserError("--ce-weight 0: nothing else here trains the classifier")
-    method = {(0, 0): "CE", (0, 1): "ND", (1, 0): BASES[args.base], (1, 1): f"{BASES[args.base]}++"}
+    method = {(0, 0): "CE", (0, 1): "ND", (1, 0): base, (1, 1): f"{base}++"}
     args.method = method[args.kd_weight > 0, args.nd_weight > 0]
     args.method += " + direction" if args.direction_weight else ""
     args.method += " + norm" if args.norm_weight else ""
@@ -415,15 +412,13 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> dict | list[dict]:
     """What the shell calls: one run, or those of --seeds and --compare. Returns their results."""
     args = parse_args(argv)
+    # Baselines: the same command line without ND; for CE and KD, with the default weights (None).
     off = dict(nd_weight=0.0, direction_weight=0.0, norm_weight=0.0)
-    ce = dict(off, method="CE", ce_weight=1.0, kd_weight=0.0, dkd_alpha=None, dkd_beta=None)
-    kd = ce | paper_weights(args, "kd", with_nd=False)[0] | {"base": "kd", "method": "KD"}
-    # The base loss alone keeps weights that differ from the default; the others are its own.
-    with_nd, alone = (paper_weights(args, args.base, nd)[0] for nd in (True, False))
-    chosen = vars(args) | {"kd_weight": args.kd_weight or with_nd["kd_weight"]}  # 0: ND alone
-    base = {name: alone[name] for name in alone if chosen[name] == with_nd[name]}
-    base = dict(base, **off, method=BASES[args.base])
-    return common.launch(distill, args, {"ce": ce, "kd": kd, args.base: base})
+    kd = dict(off, base="kd", ce_weight=1.0, kd_weight=None, dkd_alpha=None, dkd_beta=None)
+    base = off if args.kd_weight else off | {"kd_weight": None}  # beside ND alone: its default
+    runs = {"ce": kd | {"kd_weight": 0.0}, "kd": kd, args.base: base}
+    runs = {name: vars(parse_args(argv, **changes)) for name, changes in runs.items()}
+    return common.launch(distill, args, runs)
 
 
 if __name__ == "__main__":
