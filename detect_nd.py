@@ -919,7 +919,7 @@ def evaluate_file(args) -> None:
 def draw_comparison(student: nn.Module, data: DetectionData, args) -> None:
     """--plot: validation images with ground truth, and detections without and with distillation."""
     plain = load_detector(args.student, data.num_classes, args, f"{args.out}/plain/student.pt")
-    samples = data.val[:6]
+    samples = data.val[:4]
     figure, axes = common.pyplot().subplots(len(samples), 3, figsize=(12, 4 * len(samples)))
     for row, (images, targets, _) in zip(axes.reshape(-1, 3), data.batches(samples, 1)):
         image = images[0].mul(255).round().byte().cpu()
@@ -927,18 +927,18 @@ def draw_comparison(student: nn.Module, data: DetectionData, args) -> None:
         results = {"ground truth": truth, "no distillation": plain.to(data.device)(images)[0]}
         results[args.method] = student.eval()(images)[0]
         for axis, (title, result) in zip(row, results.items()):
-            axis.imshow(with_boxes(image, result, data.classes)[0])
+            axis.imshow(with_boxes(image, result, data.classes, side=200)[0])
             axis.set(title=title, xticks=[], yticks=[])
     common.save_figure(figure, Path(args.out) / "detections.png")
 
 
-def with_boxes(image: torch.Tensor, result: dict, classes: list[str]):
+def with_boxes(image: torch.Tensor, result: dict, classes: list[str], side: int = 400):
     """An image [3,h,w] uint8 with boxes that score 0.5 or more, as an array, and what each says."""
     keep = (result["scores"] >= 0.5).cpu()
     boxes, labels, scores = (result[name].cpu()[keep] for name in ("boxes", "labels", "scores"))
     words = [f"{classes[label]} {score:.2f}" for label, score in zip(labels, scores)]
-    scale = 400 / min(image.shape[1:])  # torchvision writes in one size only, of ten pixels
-    image = torchvision.transforms.v2.functional.resize(image, [400])
+    scale = side / min(image.shape[1:])  # torchvision writes in one size only, of ten pixels
+    image = torchvision.transforms.v2.functional.resize(image, [side])
     if words:
         colours = [f"hsl({label * 137.5 % 360},90%,70%)" for label in labels.tolist()]
         boxes, draw = boxes * scale, torchvision.utils.draw_bounding_boxes
