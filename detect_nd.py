@@ -11,7 +11,7 @@ the same box on the same pixels) and e = class_means[y] / |class_means[y]|:
 
     nd   = mean_r [ 1 - (s . e) / max(|s|, |t|) ]
     kd   = mean_r [ KL(softmax(teacher_logits[r]) || softmax(student_logits[r])) ]
-    dkd  = mean_r [ TCKD + 0.25 NCKD ]   TCKD: KL of y against all others, NCKD: of these alone
+    dkd  = mean_r [ TCKD + 0.25 NCKD ]   KL of (p_y, 1 - p_y), and of the other classes alone
     loss = cls + box + objectness + rpn_box + nd_weight nd + kd_weight kd + reviewkd_weight reviewkd
 
 nd with kd is KD++, with dkd in its place DKD++, with ReviewKD (on the FPN's maps) ReviewKD++.
@@ -28,7 +28,7 @@ Differences from the paper's code:
  1. torchvision's detector: background is class 0 (there: 80), box loss smooth L1 (there: L1).
  2. Both networks see the same normalised pixels (there: ResNet-18's colour channels are mixed up).
  3. Class means: of this teacher, clean images, its own proposals, summed in float64.
- 4. --nd-weight also applies with ReviewKD (there: never read). DKD++ is ours, with that of KD++.
+ 4. --nd-weight also applies with ReviewKD (there: never read). DKD++ is ours.
  5. LR milestones are at 2/3 and 8/9 of any run (there: at 120,000 and 160,000 of 180,000 steps).
  6. Norm layers decay (there: not), RoIAlign is not aligned (there: is), box heads start otherwise.
  7. Teachers: torchvision's (AP 37.0), or trained as long as a student (there: three times that).
@@ -129,7 +129,7 @@ def dkd_loss(
 
 
 class ReviewKD(torch.nn.Module):
-    """ABF, attention-based fusion: hcl_loss(review(student_maps, teacher_maps), teacher_maps).
+    """ABF, attention-based fusion; the loss: hcl_loss(review(s_maps, t_maps), t_maps).
 
     Args: student_channels, teacher_channels: by level, from shallow to deep; mid_channels: of the
         maps while they are fused, e.g. 512. It has weights to train. Reference: arXiv 2104.09044.
@@ -145,7 +145,7 @@ class ReviewKD(torch.nn.Module):
 
         self.inward = torch.nn.ModuleList(conv_bn(c, mid_channels, 1) for c in student_channels)
         self.outward = torch.nn.ModuleList(conv_bn(mid_channels, c, 3) for c in teacher_channels)
-        gates = (torch.nn.Conv2d(2 * mid_channels, 2, 1) for _ in student_channels[1:])
+        gates = (torch.nn.Conv2d(2 * mid_channels, 2, 1) for _ in student_channels[:-1])
         self.gates = torch.nn.ModuleList(gates)  # the deepest level has nothing to mix in
 
     def forward(self, student_maps: list, teacher_maps: list) -> list[torch.Tensor]:
@@ -166,7 +166,7 @@ class ReviewKD(torch.nn.Module):
 def hcl_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor]) -> torch.Tensor:
     """HCL: MSE at full size (weight 1), pooled to 4x4 (1/2), 2x2 (1/4) and 1x1 (1/8), averaged.
 
-    Args: student_maps, teacher_maps: one [B,C,H,W] a level; sizes not below H are left out.
+    Args: student_maps, teacher_maps: one [B,C,H,W] a level; if 4 or 2 >= H, the others move up.
     Returns: a scalar, summed over levels. Raises: ValueError if maps differ in number or shape.
     Default weight: 5, as published for most pairs. Reference: arXiv 2104.09044.
     """
@@ -184,7 +184,7 @@ def hcl_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor])
 
 @dataclass
 class SampledRoIs:
-    """What the student saw in a training pass: N images, R RoIs, K classes with the background."""
+    """What a detector saw in a training pass: N images, R RoIs, K classes with the background."""
 
     pixels: torch.Tensor  # [N,3,H,W], normalised, resized, padded
     sizes: list[tuple[int, int]]  # height and width of each image within `pixels`
@@ -203,20 +203,20 @@ def box_branch(detector: nn.Module, feature_maps: dict, boxes: list, sizes: list
     return emb.float(), logits, offsets  # the predictor's are float32: see build_detector
 
 
-def training_pass(student: nn.Module, images: list, targets: list) -> tuple[dict, SampledRoIs]:
+def training_pass(detector: nn.Module, images: list, targets: list) -> tuple[dict, SampledRoIs]:
     """torchvision's own training pass, opened up, because it hides the RoIs and their features.
 
-    Args: student: a detector in training mode; images: [3,h,w] each, values from 0 to 1;
-        targets: of each image its "boxes" [n,4] in pixels and "labels" [n].
+    Args: detector: the student, or for class means the teacher in eval mode; images: [3,h,w] each,
+        values from 0 to 1; targets: of each image its "boxes" [n,4] in pixels and "labels" [n].
     Returns: the four losses (the RPN has none in eval mode), and what distillation needs: resizing
         and RoI sampling are random, so the teacher must get the student's pixels and RoIs.
     """
-    batch, targets = student.transform(images, targets)
-    feature_maps = student.backbone(batch.tensors)
-    proposals, rpn_losses = student.rpn(batch, feature_maps, targets)
+    batch, targets = detector.transform(images, targets)
+    feature_maps = detector.backbone(batch.tensors)
+    proposals, rpn_losses = detector.rpn(batch, feature_maps, targets)
     # Ground truth joins the proposals; at most a quarter of an image's RoIs are foreground.
-    boxes, _, labels, wanted = student.roi_heads.select_training_samples(proposals, targets)
-    emb, logits, offsets = box_branch(student, feature_maps, boxes, batch.image_sizes)
+    boxes, _, labels, wanted = detector.roi_heads.select_training_samples(proposals, targets)
+    emb, logits, offsets = box_branch(detector, feature_maps, boxes, batch.image_sizes)
     cls, box = torchvision.models.detection.roi_heads.fastrcnn_loss(logits, offsets, labels, wanted)
     losses = {"cls": cls, "box": box, "objectness": rpn_losses.get("loss_objectness")}
     losses["rpn_box"] = rpn_losses.get("loss_rpn_box_reg")
@@ -306,7 +306,7 @@ def distill(args: argparse.Namespace) -> dict:
                     maps, teacher_maps = [*sampled.feature_maps.values()], [*teacher_maps.values()]
                     maps = [m.float() for m in auxiliary["review"](maps, teacher_maps)]
 
-            # Losses, in float32. A term of weight 0 is left out: 0.0, which is not logged.
+            # Losses, in float32. A term that is off is the number 0.0, as is one of kd and dkd.
             nd = kd = dkd = reviewkd = 0.0
             if args.nd_weight:
                 nd = roi_nd_loss(sampled, teacher_emb, class_means, counts, args.nd_foreground_only)
@@ -316,8 +316,8 @@ def distill(args: argparse.Namespace) -> dict:
                 kd = kd_loss(sampled.logits, teacher_logits, temperature=1.0)
             if args.reviewkd_weight:
                 reviewkd = hcl_loss(maps, teacher_maps)
-            loss = sum(losses.values()) + args.nd_weight * nd + args.kd_weight * (kd + dkd)
-            loss = loss + args.reviewkd_weight * reviewkd
+            loss = sum(losses.values()) + args.nd_weight * nd
+            loss = loss + args.kd_weight * (kd + dkd) + args.reviewkd_weight * reviewkd
             optimizer.zero_grad()
             loss.backward()
             run.average_gradients(optimizer)
@@ -353,17 +353,19 @@ RECIPES = {
 NO_DISTILLATION = dict(nd_weight=0.0, kd_weight=0.0, reviewkd_weight=0.0)
 
 
-def parse_args(argv=None) -> argparse.Namespace:
+def parse_args(argv=None, **changes) -> argparse.Namespace:
+    """Read the command line and fill in what it leaves open. changes: flags of a baseline."""
     parser = common.Parser("detect_nd", __doc__)
     add, weight = parser.add_argument_group("method").add_argument, common.weight
     add("--base", choices=("kd", "dkd", "reviewkd"), default="kd", help="base loss (default: kd)")
-    add("--nd-weight", type=weight, help="weight of ND (default: the paper's)")
+    add("--nd-weight", type=weight, help="weight of ND (default: the paper's; dkd: that of KD++)")
     add("--kd-weight", type=weight, help="of KD, or DKD, on RoIs, T = 1 (default: 1; reviewkd: 0)")
-    add("--reviewkd-weight", type=weight, help="of ReviewKD on FPN maps (default: paper's; kd: 0)")
+    add("--reviewkd-weight", type=weight, help="of ReviewKD (default: 0; reviewkd: the paper's)")
     add("--nd-foreground-only", action="store_true", help="ablation: ND without background RoIs")
-    add("--class-means-images", type=common.positive_int, help="images to average (default: all)")
+    add("--class-means-images", type=common.positive_int, help="only the first N (default: all)")
     add_detection_arguments(parser)
     args = parser.parse_args(argv)
+    vars(args).update(changes)
     vars(args).update({k: v for k, v in RECIPES[args.dataset].items() if getattr(args, k) is None})
     args.lr = args.lr or 0.01 * args.batch_size / 8
     args.train_teacher = args.train_teacher or args.dataset == "shapes"
@@ -373,12 +375,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     paper = PAPER_WEIGHTS[pair]
     weights = dict(nd_weight=paper["nd"], kd_weight=paper["kd"], reviewkd_weight=0.0)
     if args.base == "reviewkd":
-        weights = dict(nd_weight=paper["review_nd"], kd_weight=0.0, reviewkd_weight=paper["review"])
+        review = paper["review_alone" if args.nd_weight == 0 else "review"]
+        weights = dict(nd_weight=paper["review_nd"], kd_weight=0.0, reviewkd_weight=review)
     unset = {name: value for name, value in weights.items() if getattr(args, name) is None}
     vars(args).update(unset)
-    if unset and not args.eval:
-        source = "ReviewKD++" if args.base == "reviewkd" else "KD++"
-        print(f"loss weights: {unset}, the paper's of {source} for {pair}", flush=True)
+    if unset and not args.eval and not changes:
+        source = "those of KD++" if args.base == "dkd" else "the paper's"
+        print(f"default loss weights, {source} for {pair}: {unset}", flush=True)
     base = {"DKD" if args.base == "dkd" else "KD": args.kd_weight, "ReviewKD": args.reviewkd_weight}
     args.method = "+".join(name for name, value in base.items() if value)
     if args.nd_weight:
@@ -392,7 +395,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.reviewkd_weight and args.batch_size < 2 * common.world():
         raise common.UserError("--batch-size: ReviewKD's BatchNorm needs 2 images or more a rank")
     if args.reviewkd_weight and args.deterministic and device.type == "cuda":
-        raise common.UserError("--base reviewkd: pooling has no --deterministic form on a GPU")
+        raise common.UserError("ReviewKD: its pooling has no --deterministic form on a GPU")
     if args.plot and common.pyplot() and args.method == "plain":
         raise common.UserError("--plot compares with no distillation: give a weight above 0")
     return args
@@ -405,19 +408,14 @@ def main(argv=None) -> dict | list[dict]:
         raise common.UserError("--eval trains nothing: no --resume, --compare, --seeds, --plot")
     if args.eval:
         return evaluate_file(args)
-    paper = PAPER_WEIGHTS.get(f"{args.teacher} {args.student}", PAPER_WEIGHTS["resnet101 resnet18"])
-    off = dict(NO_DISTILLATION, nd_foreground_only=False, plot=False)
-    baselines = {"plain": dict(off, method="plain"), "kd": dict(off, method="KD")}
-    baselines["kd"]["kd_weight"] = args.kd_weight or paper["kd"]
-    if args.base == "dkd":
-        baselines["dkd"] = dict(baselines["kd"], method="DKD")
-        baselines["kd"].update(base="kd", kd_weight=paper["kd"])
-    if args.reviewkd_weight:
-        # Without ND the paper weighs ReviewKD otherwise; a weight other than its default stays.
-        default = args.reviewkd_weight == paper["review"]
-        alone = paper["review_alone"] if default else args.reviewkd_weight
-        baselines["reviewkd"] = dict(off, method="ReviewKD", reviewkd_weight=alone)
-    return common.launch(distill, args, baselines, needed=("plain",) if args.plot else ())
+    # Baselines: the same command line without ND; for KD, with the paper's weight (None).
+    off = dict(nd_weight=0.0, nd_foreground_only=False, plot=False)
+    kd = dict(off, base="kd", kd_weight=None, reviewkd_weight=0.0)
+    runs = {"plain": kd | {"kd_weight": 0.0}, "kd": kd}
+    if args.reviewkd_weight or (args.kd_weight and args.base != "reviewkd"):
+        runs[args.base] = off  # what ND is added to
+    runs = {name: vars(parse_args(argv, **changes)) for name, changes in runs.items()}
+    return common.launch(distill, args, runs, needed=("plain",) if args.plot else ())
 
 
 # --- Chores that only detection has -----------------------------------------------------------
@@ -434,17 +432,17 @@ def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
     add("--teacher", type=backbone, help="its backbone (default: resnet50; shapes: resnet18)")
     add("--student", type=backbone, help="its backbone (default: resnet18; shapes: mobilenet_v2)")
     add("--teacher-ckpt", type=file, help="its weights (default: torchvision's resnet50 for COCO)")
-    add("--train-teacher", action="store_true", help="train the teacher first (shapes: always)")
+    add("--train-teacher", action="store_true", help="train it, once for all runs (shapes: always)")
     add("--teacher-epochs", type=count, help="epochs to train it for (default: as the student)")
     length("--epochs", type=count, help="LR milestones scale with it (default: 12; shapes: 3)")
     length("--iterations", type=count, help="length in steps, in place of --epochs")
     add("--batch-size", type=count, help="images in a step (default: 8; shapes: 4)")
-    add("--lr", type=common.positive, help="learning rate (default: batch size / 800; shapes 0.01)")
+    add("--lr", type=common.positive, help="default: 0.01 for 8 images; shapes: 0.01")
     add("--momentum", type=below_one, default=0.9, help="of SGD (default: 0.9)")
     add("--weight-decay", type=common.weight, default=1e-4, help="of SGD (default: 0.0001)")
     add("--pretrained-backbone", action=common.YesNo, help="start from ImageNet weights and freeze"
         " BatchNorm; from scratch it is trained (default: yes; shapes: no)")  # fmt: skip
-    add("--regions", type=count, help="RoIs an image in training (default: 512; shapes: 32)")
+    add("--regions", type=count, help="RoIs an image; in tests twice (default: 512; shapes: 32)")
     add("--fpn-width", type=count, help="channels of the FPN (default: 256; shapes: 64)")
     add("--smallest-anchor", type=count, help="side at the finest level (default: 32; shapes: 16)")
     add("--image-size", type=pixels, help="short side (default: 640 to 800, test 800; shapes: 64)")
@@ -460,7 +458,7 @@ def add_detection_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_file_arguments(parser)
     add("--per-class", action="store_true", help="with --eval: print the AP of each class too")
     add("--predict", type=file, nargs="+", help="with --eval: draw detections on these images")
-    add("--plot", action="store_true", help="draw boxes: ground truth, no distillation, student")
+    add("--plot", action="store_true", help="draw boxes; trains without distillation too")
 
 
 class DetectionData:
@@ -493,7 +491,7 @@ class DetectionData:
         self.bad_images = sum(len(table.imgs) for table in tables) - len(every) - len(self.val)
         train = [image for image in every if image["trained_on"]]
         if (train_size or 1) > len(train):
-            raise common.UserError(f"--train-size {train_size}: there are {len(train)} images")
+            raise common.UserError(f"--train-size: only {len(train)} images can be trained on")
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
         self.train = [train[i] for i in sorted(order[:train_size])]
         self.train_images, self.test_images = len(self.train), len(self.val)
@@ -753,7 +751,7 @@ def build_detector(name: str, num_classes: int, args, frozen_norm: bool = False)
     models, ops = torchvision.models.detection, torchvision.ops
     pretrained = args.pretrained_backbone and not frozen_norm
     # Two or so images a GPU are too few for BatchNorm, so it is frozen in pretrained backbones.
-    # Frozen as it starts it would normalise nothing: from scratch it is trained.
+    # Without pretrained statistics, frozen BatchNorm would do nothing: from scratch it is trained.
     norm = ops.FrozenBatchNorm2d if pretrained or frozen_norm else nn.BatchNorm2d
     net = torchvision.models.get_model(name, weights=None, norm_layer=norm)
     if pretrained:

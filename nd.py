@@ -157,7 +157,7 @@ def dist_loss(
 
 
 class ReviewKD(torch.nn.Module):
-    """ABF, attention-based fusion: hcl_loss(review(student_maps, teacher_maps), teacher_maps).
+    """ABF, attention-based fusion; the loss: hcl_loss(review(s_maps, t_maps), t_maps).
 
     Args: student_channels, teacher_channels: by level, from shallow to deep; mid_channels: of the
         maps while they are fused, e.g. 512. It has weights to train. Reference: arXiv 2104.09044.
@@ -173,7 +173,7 @@ class ReviewKD(torch.nn.Module):
 
         self.inward = torch.nn.ModuleList(conv_bn(c, mid_channels, 1) for c in student_channels)
         self.outward = torch.nn.ModuleList(conv_bn(mid_channels, c, 3) for c in teacher_channels)
-        gates = (torch.nn.Conv2d(2 * mid_channels, 2, 1) for _ in student_channels[1:])
+        gates = (torch.nn.Conv2d(2 * mid_channels, 2, 1) for _ in student_channels[:-1])
         self.gates = torch.nn.ModuleList(gates)  # the deepest level has nothing to mix in
 
     def forward(self, student_maps: list, teacher_maps: list) -> list[torch.Tensor]:
@@ -194,7 +194,7 @@ class ReviewKD(torch.nn.Module):
 def hcl_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor]) -> torch.Tensor:
     """HCL: MSE at full size (weight 1), pooled to 4x4 (1/2), 2x2 (1/4) and 1x1 (1/8), averaged.
 
-    Args: student_maps, teacher_maps: one [B,C,H,W] a level; sizes not below H are left out.
+    Args: student_maps, teacher_maps: one [B,C,H,W] a level; if 4 or 2 >= H, the others move up.
     Returns: a scalar, summed over levels. Raises: ValueError if maps differ in number or shape.
     Default weight: 5, as published for most pairs. Reference: arXiv 2104.09044.
     """
