@@ -20,9 +20,9 @@ nd with kd is KD++, with dkd in its place DKD++, with ReviewKD (on the FPN's map
     python detect_nd.py --data-dir coco --teacher resnet101 --train-teacher --base reviewkd
     python detect_nd.py --dataset shapes --base dkd --compare   synthetic scenes, needs no files
 
-AP (%) of the last epoch, mean ± standard deviation over n = 3 seeds, --dataset shapes, resnet18
-(45.45) -> mobilenet_v2: no distillation 27.12 ± 3.55, KD 27.75 ± 3.15, KD++ 25.91 ± 0.96, ND 23.83
-± 2.21, ReviewKD 26.85 ± 2.09, ReviewKD++ 24.57 ± 7.17. 300 steps are too few to rank the methods.
+AP (%) of the last epoch, mean ± standard deviation over n = 3 seeds, --dataset shapes --epochs 9
+--lr 0.005, resnet18 (80.30) -> mobilenet_v2: no distillation 61.66 ± 2.03, KD 72.08 ± 2.11, DKD
+72.68 ± 1.06, KD++ 67.66 ± 4.20, DKD++ 72.51 ± 3.56. ND adds nothing here.
 
 Differences from the paper's code:
  1. torchvision's detector: background is class 0 (there: 80), box loss smooth L1 (there: L1).
