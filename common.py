@@ -727,8 +727,7 @@ def read_state_dict(path: str | Path, wanted: dict) -> dict:
 
 
 def load_weights(model: nn.Module, path: str | Path, state: dict | None = None) -> None:
-    """Load a checkpoint strictly; BatchNorm's `num_batches_tracked` may be missing. UserError: it
-    does not fit, or is not finite. state: what `read_state_dict` gave before."""
+    """Load a checkpoint strictly, but for `num_batches_tracked`. UserError: no fit, not finite."""
     wanted = model.state_dict()
     counters = {k: v for k, v in wanted.items() if k.endswith("num_batches_tracked")}
     state = counters | (state or read_state_dict(path, wanted))
@@ -737,9 +736,10 @@ def load_weights(model: nn.Module, path: str | Path, state: dict | None = None) 
         if found != expected:
             misfit = f"{key} is {found}, in {getattr(model, 'name', 'this network')} {expected}"
             raise UserError(f"{path}: another architecture or number of classes: {misfit}")
-    odd = {v.layout != torch.strided or v.is_quantized or v.is_complex() for v in state.values()}
+    odd = {v.layout != torch.strided or v.is_complex() or v.is_meta for v in state.values()}
+    odd |= {wanted[k].is_floating_point() > v.is_floating_point() for k, v in state.items()}
     if True in odd or not all(torch.isfinite(v.float()).all() for v in state.values()):
-        raise UserError(f"{path}: its weights are sparse, quantized, complex, infinite or nan")
+        raise UserError(f"{path}: weights are integers, sparse, complex, meta, infinite or nan")
     model.load_state_dict(state)
 
 
@@ -928,6 +928,7 @@ def cores() -> int:
 
 TINY_IMAGENET = "https://cs231n.stanford.edu/tiny-imagenet-200.zip"
 _LOADED: dict = {}  # the last data set, for the next run in this process
+_EVALUATED: dict = {}  # and the scores of teachers
 
 
 def load_data(args) -> Data:
@@ -1773,9 +1774,6 @@ def save_figure(figure, path: Path) -> None:
     pyplot().close(figure)
 
 
-_EVALUATED: dict = {}
-
-
 def load_teacher(teacher: nn.Module, args, data: Data, distill) -> nn.Module:
     """Give the teacher its weights, freeze it and evaluate it. The weights are those of
     --teacher-ckpt; with --pretrained-teacher the published ones; else those in `checkpoints/`,
@@ -1951,7 +1949,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, recipes: dict) -> None
     momentum = number(float, 0, 0.9999)
     add("--momentum", type=momentum, default=0.9, metavar="X", help="of SGD (default: 0.9)")
     add("--nesterov", action=YesNo, help=f"Nesterov momentum {default('nesterov')}")
-    add("--weight-decay", type=weight, metavar="X", help=f"of SGD {default('weight_decay')}")
+    add("--weight-decay", type=weight, metavar="X", help=f"of weights {default('weight_decay')}")
     add("--pretrained", action=YesNo, help="start from ImageNet weights (default: the recipe's)")
     add("--teacher-epochs", **count, help="for training the teacher (default: --epochs)")
     add("--teacher-lr", **real, help="for training the teacher (default: the recipe's, not --lr)")
@@ -1961,10 +1959,11 @@ def fill_recipe(args, recipe: dict) -> None:
     """Give every flag that the command line left open the recipe's value."""
     if args.eval and not args.student:  # the result beside the checkpoint knows the network
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            content = json.loads(Path(args.eval).with_name("result.json").read_text())
-            args.student = content["student"]
+            beside = Path(args.eval).with_name("result.json").read_text()
+            args.student = json.loads(beside)["student"]
 
-    if args.optimizer == "adamw":  # ours, as usual for transformers; the papers have SGD alone
+    args.optimizer = None if args.optimizer == "sgd" else args.optimizer
+    if args.optimizer:  # AdamW: ours, as usual for transformers; the papers have SGD alone
         recipe = recipe | dict(lr=5e-4, small_lr=5e-4, weight_decay=0.05)
 
     def default_lr(network):

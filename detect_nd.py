@@ -412,8 +412,10 @@ def main(argv=None) -> dict | list[dict]:
     off = dict(nd_weight=0.0, nd_foreground_only=False, plot=False)
     kd = dict(off, base="kd", kd_weight=None, reviewkd_weight=0.0)
     runs = {"plain": kd | {"kd_weight": 0.0}, "kd": kd}
-    if args.reviewkd_weight or (args.kd_weight and args.base != "reviewkd"):
-        runs[args.base] = off  # what ND is added to
+    if args.kd_weight and args.reviewkd_weight:
+        runs["without-nd"] = off
+    elif args.reviewkd_weight or (args.kd_weight and args.base != "reviewkd"):
+        runs[args.base] = off
     runs = {name: vars(parse_args(argv, **changes)) for name, changes in runs.items()}
     return common.launch(distill, args, runs, needed=("plain",) if args.plot else ())
 

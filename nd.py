@@ -412,7 +412,7 @@ def parse_args(argv=None, **changes) -> argparse.Namespace:
 def main(argv=None) -> dict | list[dict]:
     """What the shell calls: one run, or those of --seeds and --compare. Returns their results."""
     args = parse_args(argv)
-    # Baselines: the same command line without ND; for CE and KD, with the default weights (None).
+    # Baselines: the same command line without ND. CE, and KD beside another base: default weights.
     off = dict(nd_weight=0.0, direction_weight=0.0, norm_weight=0.0)
     kd = dict(off, base="kd", ce_weight=1.0, kd_weight=None, dkd_alpha=None, dkd_beta=None)
     base = off if args.kd_weight else off | {"kd_weight": None}  # beside ND alone: its default

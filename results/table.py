@@ -165,12 +165,12 @@ def main(paths: list[str]) -> int:
         if {"-h", "--help"} & set(paths[:2]):
             print(__doc__)
             return 0
-        if not paths or paths == ["--paired"]:
-            raise ValueError("no files given, try: python results/table.py results/*/*.json")
         set_aside = [path for path in paths if re.fullmatch(r"old\d+", Path(path).parent.name)]
         if set_aside:  # by a later run of the same name
             print(f"note: left out: {', '.join(set_aside)}", file=sys.stderr)
             paths = [path for path in paths if path not in set_aside]
+        if not paths or paths == ["--paired"]:
+            raise ValueError("no files given, try: python results/table.py results/*/*.json")
         if paths[0] == "--paired":
             print(paired(paths[1:]))
             return 0

@@ -123,6 +123,8 @@ def test_bad_checkpoints_are_refused(cwd):
         (state | {"fc.bias": "weights"}, "fc.bias"),
         (state | {"fc.bias": torch.zeros(10).to_sparse()}, "sparse"),
         (state | {"fc.bias": torch.zeros(10, dtype=torch.cfloat)}, "complex"),
+        (state | {"fc.bias": torch.zeros(10, dtype=torch.int8)}, "integers"),
+        (state | {"fc.bias": torch.zeros(10, device="meta")}, "meta"),
         (state | {"fc.bias": torch.full((10,), torch.inf)}, "infinite or nan"),
     ):
         refuse(content, words)
