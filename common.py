@@ -688,7 +688,7 @@ def _what_is_wrong(path, error):
     start = path.read_bytes()[:100].lstrip()
     if start.startswith((b"<", b"version https://git-lfs")):
         return "a web page or a pointer of Git LFS, and no checkpoint: download the file itself"
-    plain_zip = zipfile.is_zipfile(path) and b"data.pkl" not in path.read_bytes()
+    plain_zip = start.startswith(b"PK") and b"data.pkl" not in path.read_bytes()
     if tarfile.is_tarfile(path) or plain_zip:
         return "an archive: unpack it, and name the checkpoint in it"
     if "GLOBAL" in str(error):

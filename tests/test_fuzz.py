@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import forget_what_was_loaded, module, same
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -68,6 +68,7 @@ torch.save(WHOLE, BUFFER)
 CONTENT = BUFFER.getvalue()
 
 
+@example(22, 1)  # "zipfiles that span multiple disks"
 @given(st.integers(0, 4000) | st.integers(0, len(CONTENT) - 1), st.integers(1, 255))
 def test_a_checkpoint_with_one_byte_changed_is_refused_or_the_same(cwd, position, change):
     content = bytearray(CONTENT)

@@ -15,7 +15,6 @@ from scipy.optimize import linear_sum_assignment
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("nd", "sp", "dcd", "kd2m", "detect_nd")
-# (name, seed, number of its options)
 VARIANTS = [(n, s, k) for n, c in LOSSES.items() for s in c.seeds for k in range(len(c.options))]
 PLACES = [(script, name) for name, case in LOSSES.items() for script in case.scripts.split()]
 WITH_LABELS = [name for name, case in LOSSES.items() if "labels" in case.shapes]
