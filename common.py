@@ -727,7 +727,8 @@ def read_state_dict(path: str | Path, wanted: dict) -> dict:
 
 
 def load_weights(model: nn.Module, path: str | Path, state: dict | None = None) -> None:
-    """Load a checkpoint strictly, but for `num_batches_tracked`. UserError: no fit, not finite."""
+    """Load a checkpoint strictly; BatchNorm's `num_batches_tracked` may be missing. UserError: it
+    does not fit, or is not finite. state: what `read_state_dict` gave before."""
     wanted = model.state_dict()
     counters = {k: v for k, v in wanted.items() if k.endswith("num_batches_tracked")}
     state = counters | (state or read_state_dict(path, wanted))
@@ -1249,7 +1250,7 @@ def cached(path: Path | None, made_by, compute, *args):
     return value
 
 
-# What may differ under --resume: it does not change what is computed, or the content is compared.
+# What may differ under --resume: it decides nothing, or names files whose content is compared.
 FREE = """resume out device workers compare seeds eval script method plot save_minutes tensorboard
 per_class predict train_teacher teacher_ckpt student_ckpt pretrained_teacher teacher_cache data_dir
 skip_bad_images""".split()
@@ -1949,7 +1950,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, recipes: dict) -> None
     momentum = number(float, 0, 0.9999)
     add("--momentum", type=momentum, default=0.9, metavar="X", help="of SGD (default: 0.9)")
     add("--nesterov", action=YesNo, help=f"Nesterov momentum {default('nesterov')}")
-    add("--weight-decay", type=weight, metavar="X", help=f"of weights {default('weight_decay')}")
+    add("--weight-decay", type=weight, metavar="X", help=f"weight decay {default('weight_decay')}")
     add("--pretrained", action=YesNo, help="start from ImageNet weights (default: the recipe's)")
     add("--teacher-epochs", **count, help="for training the teacher (default: --epochs)")
     add("--teacher-lr", **real, help="for training the teacher (default: the recipe's, not --lr)")
@@ -1962,7 +1963,7 @@ def fill_recipe(args, recipe: dict) -> None:
             beside = Path(args.eval).with_name("result.json").read_text()
             args.student = json.loads(beside)["student"]
 
-    args.optimizer = None if args.optimizer == "sgd" else args.optimizer
+    args.optimizer = None if args.optimizer == "sgd" else args.optimizer  # the default
     if args.optimizer:  # AdamW: ours, as usual for transformers; the papers have SGD alone
         recipe = recipe | dict(lr=5e-4, small_lr=5e-4, weight_decay=0.05)
 

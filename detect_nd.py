@@ -22,15 +22,15 @@ nd with kd is KD++, with dkd in its place DKD++, with ReviewKD (on the FPN's map
 
 AP (%) of the last epoch, mean ± standard deviation over n = 3 seeds, --dataset shapes --epochs 9
 --lr 0.005, resnet18 (80.30) -> mobilenet_v2: no distillation 61.66 ± 2.03, KD 72.08 ± 2.11, DKD
-72.68 ± 1.06, KD++ 67.66 ± 4.20, DKD++ 72.51 ± 3.56. ND adds nothing here.
+72.68 ± 1.06, KD++ 67.66 ± 4.20, DKD++ 72.51 ± 3.56. ND adds nothing; at lr 0.01 KD++ gave nan.
 
 Differences from the paper's code:
- 1. torchvision's detector: background is class 0 (there: 80), box loss smooth L1 (there: L1).
+ 1. torchvision's detector, initial weights and smooth L1 (there: L1); class 0 is the background.
  2. Both networks see the same normalised pixels (there: ResNet-18's colour channels are mixed up).
  3. Class means: of this teacher, clean images, its own proposals, summed in float64.
  4. --nd-weight also applies with ReviewKD (there: never read). DKD++ is ours.
  5. LR milestones are at 2/3 and 8/9 of any run (there: at 120,000 and 160,000 of 180,000 steps).
- 6. Norm layers decay (there: not), RoIAlign is not aligned (there: is), box heads start otherwise.
+ 6. Norm layers have weight decay (there: none); RoIAlign has aligned=False (there: True).
  7. Teachers: torchvision's (AP 37.0), or trained as long as a student (there: three times that).
 As there, a rank computes the losses of its own images; gradients are averaged over the ranks.
 """
@@ -129,7 +129,7 @@ def dkd_loss(
 
 
 class ReviewKD(torch.nn.Module):
-    """ABF, attention-based fusion; the loss: hcl_loss(review(s_maps, t_maps), t_maps).
+    """Attention-based fusion of the student's maps, for hcl_loss(review(s_maps, t_maps), t_maps).
 
     Args: student_channels, teacher_channels: by level, from shallow to deep; mid_channels: of the
         maps while they are fused, e.g. 512. It has weights to train. Reference: arXiv 2104.09044.
@@ -164,10 +164,10 @@ class ReviewKD(torch.nn.Module):
 
 
 def hcl_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor]) -> torch.Tensor:
-    """HCL: MSE at full size (weight 1), pooled to 4x4 (1/2), 2x2 (1/4) and 1x1 (1/8), averaged.
+    """HCL: MSE of feature maps at full size (weight 1) and pooled to smaller sizes (1/2, 1/4, 1/8).
 
-    Args: student_maps, teacher_maps: one [B,C,H,W] a level; if 4 or 2 >= H, the others move up.
-    Returns: a scalar, summed over levels. Raises: ValueError if maps differ in number or shape.
+    Args: student_maps, teacher_maps: one [B,C,H,W] a level. Pooled sizes: those of 4, 2, 1 below H.
+    Returns: a scalar: mean over sizes, sum over levels. Raises: ValueError (number, shape of maps).
     Default weight: 5, as published for most pairs. Reference: arXiv 2104.09044.
     """
     total = 0.0
@@ -412,10 +412,9 @@ def main(argv=None) -> dict | list[dict]:
     off = dict(nd_weight=0.0, nd_foreground_only=False, plot=False)
     kd = dict(off, base="kd", kd_weight=None, reviewkd_weight=0.0)
     runs = {"plain": kd | {"kd_weight": 0.0}, "kd": kd}
-    if args.kd_weight and args.reviewkd_weight:
-        runs["without-nd"] = off
-    elif args.reviewkd_weight or (args.kd_weight and args.base != "reviewkd"):
-        runs[args.base] = off
+    both = args.kd_weight and args.reviewkd_weight
+    if args.reviewkd_weight or (args.kd_weight and args.base != "reviewkd"):
+        runs["without-nd" if both else args.base] = off
     runs = {name: vars(parse_args(argv, **changes)) for name, changes in runs.items()}
     return common.launch(distill, args, runs, needed=("plain",) if args.plot else ())
 

@@ -577,10 +577,8 @@ REVIEW = {  # two levels, of 2 and 3 channels in the student, 3 and 2 in the tea
     "outward.1.0.weight": "2 2 3 3", "outward.1.1.weight": "2", "outward.1.1.bias": "2",
     "attention.0.weight": "2 4 1 1", "attention.0.bias": "2",
 }  # fmt: skip
-REVIEWS = [
-    {**REVIEW_MAPS, "teacher_map_0": "B 3 2 2", "teacher_map_1": "B 2 1 1", **REVIEW},
-    {**REVIEW_MAPS, "teacher_map_0": "B 3 5 5", "teacher_map_1": "B 2 3 3", **REVIEW},
-]
+REVIEWS = [{**REVIEW_MAPS, "teacher_map_0": a, "teacher_map_1": b, **REVIEW}
+           for a, b in (("B 3 2 2", "B 2 1 1"), ("B 3 5 5", "B 2 3 3"))]  # fmt: skip
 HEADS = {"student_head.weight": "3 D", "student_head.bias": "3"}
 HEADS = {**HEADS, "teacher_head.weight": "3 E", "teacher_head.bias": "3", "tau": ""}
 REDUCTIONS = ({}, {"reduction": "sum"}, {"reduction": "freq"})

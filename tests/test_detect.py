@@ -521,6 +521,8 @@ def test_compare_plot_and_predict(quick, capsys, base, runs):
     assert drawn.mode == "RGB" and drawn.width > drawn.height and other.width < other.height
     args = parsed("--base dkd --teacher resnet101 --student resnet50")
     assert (args.method, args.nd_weight, args.kd_weight) == ("DKD++", 1, 1)
+    alone = "--base reviewkd --nd-weight 0 --teacher resnet50 --student mobilenet_v2"
+    assert parsed(alone).reviewkd_weight == 2.0  # with ND: 2.2
 
 
 BAD_INPUT = (  # of which entries of a table the first is changed, how, and what the error says

@@ -10,10 +10,8 @@ from helpers import QUICK, lines, result, run, same, signal_at, teacher_file, ti
 
 import common
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-    pytest.mark.usefixtures("few_shapes", "any_teacher_passes"),
-]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = [needs_gpu, pytest.mark.usefixtures("few_shapes", "any_teacher_passes")]
 COMMANDS = [
     "nd --norm-weight 1 --direction-weight 1 --nd-weight 1",
     *(f"nd --base {base}" for base in ("dkd", "dist", "reviewkd")),

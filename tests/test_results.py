@@ -91,6 +91,9 @@ def test_numbers_on_the_front_page():
     assert len(gains) == 4
     for method, *found in gains:
         assert found == [f"{sum(means[method]) - sum(means[name]):.2f}" for name in ("CE", "KD")]
+    rows = TABLES["results/detect-shapes-9ep/*.json"].splitlines()[2:]
+    ap = {cell[4].strip(): float(cell[6].split()[0]) for cell in (row.split("|") for row in rows)}
+    assert f"AP {ap['KD++'] - ap['plain']:.2f} above none, {ap['KD'] - ap['KD++']:.2f}" in text
     rows = re.findall(r"^\| \S+ \| 5 \| .+$", text, re.M)
     assert len(rows) == 3 and all(row[:-1] in README for row in rows)
 
