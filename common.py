@@ -8,6 +8,7 @@ the command line. Nothing in here knows any distillation loss.
 
 import argparse
 import contextlib
+import copy
 import datetime
 import difflib
 import errno
@@ -214,9 +215,8 @@ def sum_over_ranks(*tensors: Tensor) -> None:
 
 def broadcast(tensors) -> None:
     """Overwrite each tensor by that of rank 0."""
-    if world() > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor.detach(), 0)
+    for tensor in tensors if world() > 1 else ():
+        dist.broadcast(tensor.detach(), 0)
 
 
 # --- Networks: the 22 of the RepDistiller zoo for 32-pixel images, and two more --------------
@@ -928,6 +928,7 @@ def cores() -> int:
 # is two splits with class labels. Bad input is found here, before any long work.
 
 TINY_IMAGENET = "https://cs231n.stanford.edu/tiny-imagenet-200.zip"
+FOLDERS = dict(imagenet="", folder="", cifar100="cifar100", tinyimagenet="tiny-imagenet-200")
 _LOADED: dict = {}  # the last data set, for the next run in this process
 _EVALUATED: dict = {}  # and the scores of teachers
 
@@ -952,12 +953,8 @@ def _read_data(args, device):
     size, root, name, report = args.image_size, Path(args.data_dir), args.dataset, ""
     if name == "shapes":
         train, test, classes = draw_shapes(5000, 0, size), draw_shapes(1000, 1, size), SHAPE_CLASSES
-    elif name in ("imagenet", "folder"):
-        train, test, classes, report = _read_folders(root, args)
-    elif name == "cifar100" and (root / "cifar100" / "train").is_dir():
-        train, test, classes, report = _read_folders(root / "cifar100", args)
-    elif name == "tinyimagenet":
-        train, test, classes, report = _read_folders(root / "tiny-imagenet-200", args)
+    elif name in FOLDERS and (name != "cifar100" or (root / "cifar100" / "train").is_dir()):
+        train, test, classes, report = _read_folders(root / FOLDERS[name], args)
     else:
         train, test, classes = _read_torchvision(name, args.data_dir, size)
     train, test = _chosen(args, train, test, len(classes))
@@ -1194,9 +1191,8 @@ def draw_shapes(count: int, seed: int, size: int = 32) -> Split:
         pitch = uniform(5, 7, 1, 1)
         su, sv = np.sin(pitch * u), np.sin(pitch * v)
         kinds = np.stack([np.zeros_like(inside), su > 0, su * sv > 0, su + sv > 0.9])
-        second_colour = kinds[texture, np.arange(n)]
         one, other = uniform(0.5, 1, 1, 1, 3), uniform(0, 0.3, 1, 1, 3)
-        painted = np.where(second_colour[..., None], other, one)
+        painted = np.where(kinds[texture, np.arange(n)][..., None], other, one)
         canvas = np.where(inside[..., None], painted, canvas)
         canvas = np.where(front[..., None], front_colour, canvas)
         canvas += rng.standard_normal(canvas.shape, np.float32) * uniform(0.02, 0.06, 1, 1, 1)
@@ -1344,8 +1340,8 @@ class Run:
     and `student.pt`. All ranks read; rank 0 writes.
 
     Args: args: the command line; data: from `load_data`; figures: PNG files that the script draws.
-    Raises: UserError (no run to resume, or another; a folder in use). Attributes: step, from 0, and
-        total_steps; history: metrics by epoch; step_seed: of every seed and step, on all ranks."""
+    Raises: UserError (no run to resume, or another; a folder in use). Attributes: step, from 0, of
+        total_steps; history, by epoch; step_seed, of every seed and step; teacher, for steps."""
 
     def __init__(self, args, data, figures: tuple[str, ...] = ()):
         self.args, self.data, self.dir = args, data, Path(args.out)
@@ -1407,9 +1403,13 @@ class Run:
                     broadcast([*module.parameters(), *module.buffers()])
             self._save()
         _signals.saved = True
+        if teacher is not None and args.precision == "bf16":  # rounded once, not in every step
+            self.teacher = copy.deepcopy(teacher)
+            layers = [m for m in self.teacher.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+            nn.ModuleList(layers).bfloat16()
         if getattr(args, "compile", False):
             torch.compiler.reset()  # a resumed run must not inherit the kernels of an earlier one
-            for network in filter(None, (objects["student"], teacher)):
+            for network in filter(None, (objects["student"], self.teacher)):
                 network.compile(dynamic=False, mode="reduce-overhead")  # with CUDA graphs
 
     def _set_aside(self):
@@ -1488,14 +1488,14 @@ class Run:
         self.metrics = self.meter.close()
 
     @torch.no_grad()
-    def ask(self, teacher: nn.Module, images: Tensor, maps: bool = False):
+    def ask_teacher(self, images: Tensor, maps: bool = False):
         """The teacher's (logits, Features) for this batch. maps: feature maps too (not cached)."""
         if maps and self.cache is not None:
             print("note: --teacher-cache holds no feature maps, so the teacher runs in every step")
             self.cache = None
         if self.cache is None:
-            return teacher(images, return_features=True)
-        return self.cache.ask(teacher, images, self.epoch, self.step % self.steps)
+            return self.teacher(images, return_features=True)
+        return self.cache.ask(self.teacher, images, self.epoch, self.step % self.steps)
 
     def all_gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The tensors of the whole batch [B,...], from this rank's share of it [b,...]; half

@@ -141,9 +141,8 @@ class DCDLoss(torch.nn.Module):
         return contrastive if self.terms == "contrastive" else consistency
 
 
-def kd_loss(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 4.0
-) -> torch.Tensor:
+def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
+            temperature: float = 4.0) -> torch.Tensor:  # fmt: skip
     """Hinton's knowledge distillation: T^2 KL(softmax(t / T) || softmax(s / T)), batch mean.
 
     Args: student_logits, teacher_logits [B,K]; temperature T > 0. Returns: a scalar, at least 0.
@@ -199,7 +198,7 @@ def distill(args) -> dict:
             with common.autocast(args):
                 logits, features = student(images, return_features=True)
                 if args.dcd_weight or args.kd_weight:
-                    teacher_logits, teacher_features = run.ask(teacher, images)
+                    teacher_logits, teacher_features = run.ask_teacher(images)
                     teacher_emb = teacher_features.embedding
 
             # Under torchrun every loss sees the whole batch. From here on everything is float32.

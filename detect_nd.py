@@ -62,12 +62,8 @@ import common
 # `.float()` on what a network returns. For RoIs, read B as the number of RoIs.
 
 
-def nd_loss(
-    student_emb: torch.Tensor,
-    teacher_emb: torch.Tensor,
-    class_means: torch.Tensor,
-    labels: torch.Tensor,
-) -> torch.Tensor:
+def nd_loss(student_emb: torch.Tensor, teacher_emb: torch.Tensor, class_means: torch.Tensor,
+            labels: torch.Tensor) -> torch.Tensor:  # fmt: skip
     """Norm and direction: mean of 1 - s.e / max(|s|, |t|), with e the direction of the class mean.
 
     Args: student_emb, teacher_emb [B,D]: inputs of the classifiers, the student's projected first
@@ -84,9 +80,8 @@ def nd_loss(
     return (1 - (s * e).sum(1) / longer).mean()
 
 
-def kd_loss(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 4.0
-) -> torch.Tensor:
+def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
+            temperature: float = 4.0) -> torch.Tensor:  # fmt: skip
     """Hinton's knowledge distillation: T^2 KL(softmax(t / T) || softmax(s / T)), batch mean.
 
     Args: student_logits, teacher_logits [B,K]; temperature T > 0. Returns: a scalar, at least 0.
@@ -100,14 +95,9 @@ def kd_loss(
     return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 
 
-def dkd_loss(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    labels: torch.Tensor,
-    alpha: float = 1.0,
-    beta: float = 8.0,
-    temperature: float = 4.0,
-) -> torch.Tensor:
+def dkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor,
+             alpha: float = 1.0, beta: float = 8.0,
+             temperature: float = 4.0) -> torch.Tensor:  # fmt: skip
     """Decoupled KD: T^2 (alpha TCKD + beta NCKD), mean over the batch.
 
     TCKD: KL divergence of two probabilities (true class, all others). NCKD: of the others alone,
@@ -279,8 +269,10 @@ def distill(args: argparse.Namespace) -> dict:
     # SGD with momentum for all that is trained: not the stem and layer1 of a pretrained ResNet.
     student, auxiliary = student.to(data.device), auxiliary.to(data.device)
     trained = [p for p in (*student.parameters(), *auxiliary.parameters()) if p.requires_grad]
-    options = dict(weight_decay=args.weight_decay, fused=data.device.type == "cuda" or None)
-    optimizer = torch.optim.SGD(trained, args.lr, args.momentum, **options)
+    options = dict(momentum=args.momentum, weight_decay=args.weight_decay)
+    if data.device.type == "cuda":
+        options["fused"] = True  # all parameters in one kernel
+    optimizer = torch.optim.SGD(trained, args.lr, **options)
     run.start(student=student, auxiliary=auxiliary, optimizer=optimizer, teacher=teacher)
 
     warm_up_steps = max(1, min(1000, run.total_steps // 10))
@@ -289,7 +281,7 @@ def distill(args: argparse.Namespace) -> dict:
         auxiliary.train()
         for images, targets, image_ids in run.batches():
             # Schedule: linear warm-up; lr is divided by 10 at 2/3 and again at 8/9 of the run.
-            passed = sum(180 * run.step >= part * run.total_steps for part in (120, 160))
+            passed = sum(9 * run.step >= ninths * run.total_steps for ninths in (6, 8))
             warm_up = min(1.0, 0.001 + 0.999 * run.step / warm_up_steps)
             common.set_lr(optimizer, args.lr / 10**passed * warm_up)
 
@@ -298,10 +290,10 @@ def distill(args: argparse.Namespace) -> dict:
                 losses, sampled = training_pass(student, images, targets)
                 with torch.no_grad():
                     if asks_teacher:
-                        teacher_maps = teacher.backbone(sampled.pixels)
+                        teacher_maps = run.teacher.backbone(sampled.pixels)
                     if args.nd_weight or args.kd_weight:
-                        rois = sampled.boxes, sampled.sizes
-                        teacher_emb, teacher_logits, _ = box_branch(teacher, teacher_maps, *rois)
+                        found = box_branch(run.teacher, teacher_maps, sampled.boxes, sampled.sizes)
+                        teacher_emb, teacher_logits, _ = found
                 if args.reviewkd_weight:
                     maps, teacher_maps = [*sampled.feature_maps.values()], [*teacher_maps.values()]
                     maps = [m.float() for m in auxiliary["review"](maps, teacher_maps)]
@@ -396,7 +388,7 @@ def parse_args(argv=None, **changes) -> argparse.Namespace:
         raise common.UserError("--batch-size: ReviewKD's BatchNorm needs 2 images or more a rank")
     if args.reviewkd_weight and args.deterministic and device.type == "cuda":
         raise common.UserError("ReviewKD: its pooling has no --deterministic form on a GPU")
-    if args.plot and common.pyplot() and args.method == "plain":
+    if args.plot and args.method == "plain":
         raise common.UserError("--plot compares with no distillation: give a weight above 0")
     return args
 
@@ -470,7 +462,8 @@ class DetectionData:
     def __init__(self, root, splits, train_size, skip_bad_images, keep_empty, workers, device):
         self.workers, self.device = workers, device
         read = [_read_split(root, split, skip_bad_images, keep_empty, workers) for split in splits]
-        paths, contents, tables, (every, self.val), reports = zip(*read)
+        paths, contents, tables, images, reports = zip(*read)
+        every, self.val = images
         names, other = ({i: c["name"] for i, c in table.cats.items()} for table in tables)
         if names != other:
             raise common.UserError(f"{paths[0]} and {paths[1]} must list the same categories")

@@ -269,9 +269,8 @@ def mmd_rbf(
     return (ss + tt - 2 * st).to(s.dtype)
 
 
-def kd_loss(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 4.0
-) -> torch.Tensor:
+def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
+            temperature: float = 4.0) -> torch.Tensor:  # fmt: skip
     """Hinton's knowledge distillation: T^2 KL(softmax(t / T) || softmax(s / T)), batch mean.
 
     Args: student_logits, teacher_logits [B,K]; temperature T > 0. Returns: a scalar, at least 0.
@@ -460,7 +459,7 @@ def distill(args) -> dict:
                 logits, features = student(images, return_features=True)
                 student_emb = projector(features.embedding)
                 if args.metric_weight or args.kd_weight:
-                    teacher_logits, teacher_features = run.ask(teacher, images)
+                    teacher_logits, teacher_features = run.ask_teacher(images)
                     teacher_emb = teacher_features.embedding
 
             # Under torchrun the loss sees the whole batch. From here on everything is float32.

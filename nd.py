@@ -46,12 +46,8 @@ import common
 # what the networks return. No gradient reaches the teacher. B images, K classes, D dimensions.
 
 
-def nd_loss(
-    student_emb: torch.Tensor,
-    teacher_emb: torch.Tensor,
-    class_means: torch.Tensor,
-    labels: torch.Tensor,
-) -> torch.Tensor:
+def nd_loss(student_emb: torch.Tensor, teacher_emb: torch.Tensor, class_means: torch.Tensor,
+            labels: torch.Tensor) -> torch.Tensor:  # fmt: skip
     """Norm and direction: mean of 1 - s.e / max(|s|, |t|), with e the direction of the class mean.
 
     Args: student_emb, teacher_emb [B,D]: inputs of the classifiers, the student's projected first
@@ -68,9 +64,8 @@ def nd_loss(
     return (1 - (s * e).sum(1) / longer).mean()
 
 
-def direction_loss(
-    student_emb: torch.Tensor, class_means: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
+def direction_loss(student_emb: torch.Tensor, class_means: torch.Tensor,
+                   labels: torch.Tensor) -> torch.Tensor:  # fmt: skip
     """Direction alone (arXiv 2305.17007): mean of 1 - cos(s, e); [B,D], [K,D], [B]. Weight: 1."""
     s, e = student_emb, F.normalize(class_means.detach(), dim=1).index_select(0, labels)  # [B,D]
     if s.shape != e.shape:
@@ -88,9 +83,8 @@ def norm_loss(student_emb: torch.Tensor, teacher_emb: torch.Tensor) -> torch.Ten
     return (F.relu(t - s) / t.clamp_min(1e-7)).mean()  # 0 where t = 0
 
 
-def kd_loss(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 4.0
-) -> torch.Tensor:
+def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
+            temperature: float = 4.0) -> torch.Tensor:  # fmt: skip
     """Hinton's knowledge distillation: T^2 KL(softmax(t / T) || softmax(s / T)), batch mean.
 
     Args: student_logits, teacher_logits [B,K]; temperature T > 0. Returns: a scalar, at least 0.
@@ -104,14 +98,9 @@ def kd_loss(
     return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 
 
-def dkd_loss(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    labels: torch.Tensor,
-    alpha: float = 1.0,
-    beta: float = 8.0,
-    temperature: float = 4.0,
-) -> torch.Tensor:
+def dkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor,
+             alpha: float = 1.0, beta: float = 8.0,
+             temperature: float = 4.0) -> torch.Tensor:  # fmt: skip
     """Decoupled KD: T^2 (alpha TCKD + beta NCKD), mean over the batch.
 
     TCKD: KL divergence of two probabilities (true class, all others). NCKD: of the others alone,
@@ -132,13 +121,8 @@ def dkd_loss(
     return temperature**2 * (alpha * tckd + beta * nckd)
 
 
-def dist_loss(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    beta: float = 1.0,
-    gamma: float = 1.0,
-    temperature: float = 4.0,
-) -> torch.Tensor:
+def dist_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float = 1.0,
+              gamma: float = 1.0, temperature: float = 4.0) -> torch.Tensor:  # fmt: skip
     """DIST: T^2 (beta (1 - mean correlation of rows) + gamma (1 - mean correlation of columns)).
 
     Rows of the probabilities compare classes within an image, columns images within a class.
@@ -216,8 +200,7 @@ def compute_class_means(teacher: torch.nn.Module, batches, num_classes: int, emb
     """The teacher's mean embedding of each class, [K,D] float32, for `nd_loss`.
 
     Args: teacher, put into eval mode; batches: images, labels [B] on its device; embed: a function
-        (teacher, images) -> embedding [B,D], for a teacher that has no `return_features`.
-    Raises: ValueError if a class has no image.
+        (teacher, images) -> [B,D], if it has no `return_features`. Raises: ValueError (no image).
     """
     teacher.eval()
     embed = embed or (lambda network, x: network(x, return_features=True)[1].embedding)
@@ -235,7 +218,7 @@ def compute_class_means(teacher: torch.nn.Module, batches, num_classes: int, emb
 def distill(args: argparse.Namespace) -> dict:
     """One run, from data to result. Without a teacher it is plain training; so a teacher learns."""
     data = common.load_data(args)
-    run = common.Run(args, data)
+    run = common.Run(args, data, figures=("embeddings.png",) if args.plot else ())
     recipe = RECIPES.get(args.dataset, RECIPES["cifar"])
 
     # Networks. Seeded here, so that the initial weights depend on --seed alone.
@@ -245,6 +228,8 @@ def distill(args: argparse.Namespace) -> dict:
 
     # Auxiliary modules: trained beside the student, discarded after training.
     auxiliary = torch.nn.ModuleDict({"projector": torch.nn.Identity()})
+    if args.plot and student.embed_dim != teacher.embed_dim:
+        raise common.UserError("--plot: only for a pair with embeddings of one dimension")
     uses_embedding = args.nd_weight or args.direction_weight or args.norm_weight
     if uses_embedding and student.embed_dim != teacher.embed_dim:
         linear = torch.nn.Linear(student.embed_dim, teacher.embed_dim)
@@ -292,7 +277,7 @@ def distill(args: argparse.Namespace) -> dict:
                 logits, features = student(images, return_features=True)
                 student_emb = auxiliary["projector"](features.embedding)
                 if asks_teacher:
-                    teacher_logits, teacher_features = run.ask(teacher, images, needs_maps)
+                    teacher_logits, teacher_features = run.ask_teacher(images, needs_maps)
                     teacher_emb = teacher_features.embedding
                 if needs_maps:
                     maps = [*features.maps, features.embedding[..., None, None]]
@@ -328,7 +313,27 @@ def distill(args: argparse.Namespace) -> dict:
             run.log(terms, labels, logits)
             features = teacher_features = maps = teacher_maps = None  # frees the feature maps
         run.end_epoch(test_top1=common.evaluate(student, data, args))
+    if args.plot and args.nd_weight:  # not of the baselines, which are trained first
+        draw_norm_and_direction(args, data, teacher, student, means, run.dir / "embeddings.png")
     return run.finish()
+
+
+@torch.no_grad()
+def draw_norm_and_direction(args, data, teacher, student, means, path) -> None:
+    """What ND changes: length and direction of the embeddings of 50 test images of ten classes."""
+    ce, kd = (common.load_model(args.student, path.parent / x / "student.pt") for x in ("ce", "kd"))
+    networks = {"teacher": teacher, "CE": ce, "KD": kd, args.method: student}
+    images, labels = data.test_batch(per_class=50, classes=10)
+    figure, (left, right) = common.pyplot().subplots(1, 2, figsize=(9, 3.5))
+    for (name, network), colour in zip(networks.items(), ("black", "gray", "#D55E00", "#0072B2")):
+        s = network.to(data.device).eval()(images, return_features=True)[1].embedding
+        style = dict(bins=30, density=True, histtype="step", linewidth=2, color=colour, label=name)
+        left.hist(s.norm(dim=1).tolist(), **style)
+        right.hist(F.cosine_similarity(s, means[labels]).tolist(), **style)
+    left.set(xlabel="length |s|", ylabel=f"density of {len(labels)} test images")
+    right.set_xlabel("direction: cos(s, class mean of the teacher)")
+    left.legend()
+    common.save_figure(figure, path)
 
 
 # fmt: off
@@ -341,27 +346,24 @@ RECIPES = {  # the paper's; warm_up: epochs in which the base loss grows to its 
 }
 BASES = {"kd": "KD", "dkd": "DKD", "dist": "DIST", "reviewkd": "ReviewKD"}
 # Loss weights, one for each pair. "++": with ND, from its paper's code. DKD, ReviewKD: from their
-# authors' code. KD and DIST have no row of their own: without ND they keep the "++" weight.
+# authors' code, on ImageNet for its first pair (DKD: MobileNetV1 too). KD, DIST alone: as "++".
+PAIRS = [  # six of CIFAR, then six of ImageNet
+    "resnet56 resnet20", "resnet32x4 resnet8x4", "wrn_40_2 wrn_40_1", "ResNet50 MobileNetV2",
+    "resnet32x4 ShuffleV1", "resnet32x4 ShuffleV2", "resnet34 resnet18", "resnet50 resnet18",
+    "resnet101 resnet18", "resnet152 resnet18", "resnet50 MobileNetV1", "vit_b_16 resnet18"]
 PAPER_WEIGHTS = {
-    "cifar": {
-        "pairs": ["resnet56 resnet20", "resnet32x4 resnet8x4", "wrn_40_2 wrn_40_1",
-                  "ResNet50 MobileNetV2", "resnet32x4 ShuffleV1", "resnet32x4 ShuffleV2"],
-        "KD++": dict(kd=[1.0, 3.5, 1.0, 3.0, 2.5, 4.0], nd=[2.0, 2.0, 1.5, 0.5, 1.5, 0.5]),
-        "DKD++": dict(alpha=[2.5, 2.0, 1.0, 0.5, 0.5, 0.5], beta=[4.0, 8.0, 6.0, 8.0, 8.0, 6.0],
-                      nd=[3.5, 0.5, 1.0, 1.0, 4.0, 0.5]),
-        "DKD": dict(alpha=[1.0] * 6, beta=[2.0, 8.0, 6.0, 8.0, 8.0, 8.0]),
-        "DIST++": dict(kd=[2.0, 1.5, 2.5, 7.0, 2.5, 3.0], nd=[1.0, 4.0, 3.0, 1.0, 3.0, 4.0]),
-        "ReviewKD++": dict(kd=[1.2, 8.0, 5.0, 6.0, 7.0, 8.0], nd=[1.0, 1.0, 4.0, 2.0, 1.0, 1.5]),
-        "ReviewKD": dict(kd=[0.6, 5.0, 5.0, 5.0, 5.0, 8.0])},
-    "imagenet": {  # DKD, ReviewKD without ND: published for the first pair, DKD for MobileNetV1 too
-        "pairs": [*(f"resnet{depth} resnet18" for depth in (34, 50, 101, 152)),
-                  "resnet50 MobileNetV1", "vit_b_16 resnet18"],
-        "KD++": dict(kd=[2.5, 4.0, 3.5, 4.0, 4.0, 2.0], nd=[1.0, 1.0, 4.0, 2.0, 1.0, 1.0]),
-        "DKD++": dict(alpha=[0.8, 0.6, 0.8, 1.0, 0.8, 1.4], beta=[0.5, 0.5, 0.5, 1.0, 1.0, 0.5],
-                      nd=[1.0, 2.0, 1.0, 1.0, 1.0, 2.0]),
-        "DKD": dict(alpha=[1.0] * 6, beta=[0.5, 0.5, 0.5, 0.5, 2.0, 0.5]),
-        "ReviewKD++": dict(kd=[1.0, 3.0, 3.0, 3.0, 8.0, 1.0], nd=[3.0, 2.0, 1.0, 1.0, 4.0, 1.0]),
-        "DIST++": dict(kd=[2.0] * 6, nd=[1.0] * 6), "ReviewKD": dict(kd=[1.0] * 4 + [8.0, 1.0])},
+    "KD++": dict(kd_weight=[1.0, 3.5, 1.0, 3.0, 2.5, 4.0, 2.5, 4.0, 3.5, 4.0, 4.0, 2.0],
+                 nd_weight=[2.0, 2.0, 1.5, 0.5, 1.5, 0.5, 1.0, 1.0, 4.0, 2.0, 1.0, 1.0]),
+    "DKD++": dict(dkd_alpha=[2.5, 2.0, 1.0, 0.5, 0.5, 0.5, 0.8, 0.6, 0.8, 1.0, 0.8, 1.4],
+                  dkd_beta=[4.0, 8.0, 6.0, 8.0, 8.0, 6.0, 0.5, 0.5, 0.5, 1.0, 1.0, 0.5],
+                  nd_weight=[3.5, 0.5, 1.0, 1.0, 4.0, 0.5, 1.0, 2.0, 1.0, 1.0, 1.0, 2.0]),
+    "DKD": dict(dkd_alpha=[1.0] * 12,
+                dkd_beta=[2.0, 8.0, 6.0, 8.0, 8.0, 8.0, 0.5, 0.5, 0.5, 0.5, 2.0, 0.5]),
+    "DIST++": dict(kd_weight=[2.0, 1.5, 2.5, 7.0, 2.5, 3.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0],
+                   nd_weight=[1.0, 4.0, 3.0, 1.0, 3.0, 4.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    "ReviewKD++": dict(kd_weight=[1.2, 8.0, 5.0, 6.0, 7.0, 8.0, 1.0, 3.0, 3.0, 3.0, 8.0, 1.0],
+                       nd_weight=[1.0, 1.0, 4.0, 2.0, 1.0, 1.5, 3.0, 2.0, 1.0, 1.0, 4.0, 1.0]),
+    "ReviewKD": dict(kd_weight=[0.6, 5.0, 5.0, 5.0, 5.0, 8.0, 1.0, 1.0, 1.0, 1.0, 8.0, 1.0]),
 }
 # fmt: on
 
@@ -382,25 +384,27 @@ def parse_args(argv=None, **changes) -> argparse.Namespace:
     add("--dkd-beta", **weight, help="DKD: weight of NCKD (default: the paper's)")
     add("--class-means", choices=("clean", "augmented"), default="clean", help="images that class"
         " means are computed on (default: clean)")  # fmt: skip
+    add("--plot", action="store_true", help="draw embeddings.png; trains CE and KD baselines too")
     common.add_recipe_arguments(parser, RECIPES)
     common.add_run_arguments(parser)
     args = parser.parse_args(argv)
     vars(args).update(changes)
     common.fill_recipe(args, RECIPES.get(args.dataset, RECIPES["cifar"]))
     # Unset loss weights: the paper's for this pair, or its first pair. An ablation replaces ND.
-    table, base = PAPER_WEIGHTS.get(args.dataset, PAPER_WEIGHTS["cifar"]), BASES[args.base]
-    pair = f"{args.teacher} {args.student}"
-    pair = pair if pair in table["pairs"] else table["pairs"][0]
+    base, pair = BASES[args.base], f"{args.teacher} {args.student}"
+    pairs = PAIRS[6:] if args.dataset == "imagenet" else PAIRS[:6]
+    pair = pair if pair in pairs else pairs[0]
     ablation = args.direction_weight or args.norm_weight
     alone = args.nd_weight == 0 and not ablation
-    row = table[base if alone and base in table else f"{base}++"]  # alone: its own, if published
-    flags = {"kd": "kd_weight", "nd": "nd_weight", "alpha": "dkd_alpha", "beta": "dkd_beta"}
-    weights = {flags[name]: row[name][table["pairs"].index(pair)] for name in row}
+    row = PAPER_WEIGHTS[base if alone and base in PAPER_WEIGHTS else f"{base}++"]
+    weights = {name: values[PAIRS.index(pair)] for name, values in row.items()}
     weights = {"kd_weight": 1.0} | weights | ({"nd_weight": 0.0} if ablation else {})
     weights = {name: value for name, value in weights.items() if getattr(args, name) is None}
     vars(args).update(weights)
     if not changes:
         print(f"default loss weights, the paper's for {pair.replace(' ', ' -> ')}: {weights}")
+    if args.plot and not args.nd_weight and not changes:
+        raise common.UserError("--plot shows what ND changes: give an --nd-weight")
     if not args.ce_weight and (args.base == "reviewkd" or not args.kd_weight):
         raise common.UserError("--ce-weight 0: nothing else here trains the classifier")
     method = {(0, 0): "CE", (0, 1): "ND", (1, 0): base, (1, 1): f"{base}++"}
@@ -419,7 +423,7 @@ def main(argv=None) -> dict | list[dict]:
     base = off if args.kd_weight else off | {"kd_weight": None}  # beside ND alone: its default
     runs = {"ce": kd | {"kd_weight": 0.0}, "kd": kd, args.base: base}
     runs = {name: vars(parse_args(argv, **changes)) for name, changes in runs.items()}
-    return common.launch(distill, args, runs)
+    return common.launch(distill, args, runs, needed=("ce", "kd") if args.plot else ())
 
 
 if __name__ == "__main__":

@@ -140,9 +140,8 @@ def at_loss(student_map: torch.Tensor, teacher_map: torch.Tensor) -> torch.Tenso
     return (a_s - a_t).square().mean()
 
 
-def kd_loss(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 4.0
-) -> torch.Tensor:
+def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
+            temperature: float = 4.0) -> torch.Tensor:  # fmt: skip
     """Hinton's knowledge distillation: T^2 KL(softmax(t / T) || softmax(s / T)), batch mean.
 
     Args: student_logits, teacher_logits [B,K]; temperature T > 0. Returns: a scalar, at least 0.
@@ -199,7 +198,7 @@ def distill(args) -> dict:
             with common.autocast(args):
                 logits, features = student(images, return_features=True)
                 if args.sp_weight or args.kd_weight or args.at_weight:
-                    teacher_logits, teacher_features = run.ask(teacher, images, needs_maps)
+                    teacher_logits, teacher_features = run.ask_teacher(images, needs_maps)
 
             # sp, cc, kd: of the whole batch, under torchrun too. all_gather returns float32.
             logits, labels = run.all_gather(logits, labels)

@@ -3,16 +3,9 @@
     python results/figures.py
 
 writes PNG files into `results/figures/`: a figure of every experiment in TABLES, with a row for
-each method, and those of ND. The other figures there were drawn by `--plot` of the scripts.
-
-    python results/figures.py --measure-nd runs/nd-resnet14-resnet8-shapes-s0
-
-measures the embeddings of a run with `--compare`, for the figure of what ND changes: it writes
-`results/nd-embeddings.json`.
+each method, and what ND asks for. The other figures there were drawn by `--plot` of the scripts.
 """
 
-import argparse
-import json
 import math
 import statistics
 import sys
@@ -23,11 +16,6 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import table  # noqa: E402
-import torch  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import common  # noqa: E402
-import nd  # noqa: E402
 
 ROOT = Path(__file__).parent
 BLUE, ORANGE, GREEN, GREY = (
@@ -117,65 +105,10 @@ def draw_nd_idea():
     return figure
 
 
-@torch.no_grad()
-def measure_nd(folder: Path) -> dict:
-    """Method -> the two quantities that ND moves, for 500 test images: |s| / |t| and cos(s, e)."""
-    result = json.loads((folder / "result.json").read_text())
-    known = dict(mean=None, std=None) | result["args"]
-    args = argparse.Namespace(**known | dict(resume=False, teacher_cache=None))
-    data = common.load_data(args)
-    teacher = common.load_teacher(common.build_for(data, args.teacher), args, data, nd.distill)
-    batches = data.batches("train", 500)
-    means = nd.compute_class_means(teacher, batches, data.num_classes)
-    images, labels = next(data.batches("test", 500))
-    t = teacher(images, return_features=True)[1].embedding
-    e = means[labels]
-    measured = {"teacher": (t, t)}
-    for name, path in {"CE": folder / "ce", "KD": folder / "kd", result["method"]: folder}.items():
-        student = common.load_model(args.student, path / "student.pt").to(data.device).eval()
-        measured[name] = student(images, return_features=True)[1].embedding, t
-    values = {}
-    for name, (s, t) in measured.items():
-        cosine = torch.cosine_similarity(s, e)
-        ratio = s.norm(dim=1) / t.norm(dim=1)
-        values[name] = {"cos": cosine.tolist(), "ratio": ratio.tolist()}
-        values[name] = {k: [round(x, 3) for x in v] for k, v in values[name].items()}
-    return values
-
-
-def draw_nd(values: dict):
-    """Two histograms: the length of the embeddings, and their direction."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    colours = dict(zip(values, ("black", GREY, ORANGE, BLUE)))
-    for name, quantities in values.items():
-        line = dict(histtype="step", linewidth=1.8, color=colours[name], label=name, density=True)
-        right.hist(quantities["cos"], bins=[k / 40 for k in range(8, 41)], **line)
-        if name != "teacher":  # its ratio is 1
-            left.hist(quantities["ratio"], bins=[k / 40 for k in range(16, 65)], **line)
-    left.axvline(1, color="black", linewidth=1)
-    left.set_xlabel("length: |s| / |t|", fontsize=12)
-    right.set_xlabel("direction: cos(s, class mean)", fontsize=12)
-    right.legend(loc="upper left", fontsize=12, frameon=False)
-    for axes in (left, right):
-        axes.set_yticks([])
-        axes.tick_params(axis="x", labelsize=12)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-    return figure
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description="The figures in results/figures/.")
-    parser.add_argument("--measure-nd", type=Path, metavar="DIR", help="a run of nd.py --compare")
-    options = parser.parse_args()
-    embeddings = ROOT / "nd-embeddings.json"
-    if options.measure_nd:
-        if not (options.measure_nd / "result.json").exists():
-            parser.error(f"--measure-nd {options.measure_nd}: no result.json there")
-        embeddings.write_text(json.dumps(measure_nd(options.measure_nd)) + "\n")
     (ROOT / "figures").mkdir(exist_ok=True)
     figures = {name: draw_table(*source) for name, source in TABLES.items()}
     figures["nd-idea"] = draw_nd_idea()
-    figures["nd"] = draw_nd(json.loads(embeddings.read_text()))
     for name, figure in figures.items():
         if figure is not None:
             figure.savefig(ROOT / "figures" / f"{name}.png", dpi=130)

@@ -81,7 +81,8 @@ class FourSteps:
         self.args, self.dir, self.history, self.logged = args, Path(), [], []
         self.total_steps, self.step_seed = args.epochs, 0
 
-    def start(self, **objects):
+    def start(self, teacher, **objects):
+        assert teacher is networks()["resnet56"] and not teacher.training
         self.objects = objects
         objects.get("auxiliary", torch.nn.Module()).double()
 
@@ -93,8 +94,7 @@ class FourSteps:
     def batches(self):
         yield batches()[self.batch]
 
-    def ask(self, teacher, images, maps=False):
-        assert teacher is networks()["resnet56"] and not teacher.training
+    def ask_teacher(self, images, maps=False):
         assert images is batches()[self.batch][0]
         logits, features = answer(self.batch)
         return logits, features._replace(maps=[*features.maps], preact=[*features.preact])

@@ -190,11 +190,10 @@ def test_one_rank_stops_and_all_resume_exactly(alone, monkeypatch, capsys):
 
 
 BAD = {  # script and arguments -> word of the error
-    "sp --batch-size 3": "--batch-size",
-    "sp --epochs 0": "--epochs",
+    "sp --batch-size 3": "--batch-size", "sp --epochs 0": "--epochs",
     "sp --teacher-ckpt absent.pth": "absent.pth",
     "dcd --transfer shapes --student-ckpt teacher.pth": "no torchrun",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("line", BAD)
