@@ -313,7 +313,8 @@ def draw_embeddings(student, teacher, data, path) -> None:
         u, lengths, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
         points = (u * lengths)[:, :2].cpu()  # coordinates along the components
         for k in labels.unique().tolist():
-            axis.scatter(*points[labels.cpu() == k].T, s=6, label=" " + data.classes[k])
+            of_class = points[labels.cpu() == k]
+            axis.scatter(*of_class.T, s=14, marker="os^vD*PX<>"[k], label=" " + data.classes[k])
         axis.set(title=f"{name}: embeddings, two principal components", xticks=[], yticks=[])
     axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     common.save_figure(figure, path)

@@ -66,8 +66,8 @@ def nd_loss(student_emb: torch.Tensor, teacher_emb: torch.Tensor, class_means: t
             labels: torch.Tensor) -> torch.Tensor:  # fmt: skip
     """Norm and direction: mean of 1 - s.e / max(|s|, |t|), with e the direction of the class mean.
 
-    Args: student_emb, teacher_emb [B,D]: inputs of the classifiers, the student's projected first
-        if its dimension differs; class_means [K,D]: the teacher's; labels [B]: int64, 0 to K-1.
+    Args: student_emb, teacher_emb [B,D]: inputs of the classifiers, the student's out of a trained
+        projector if its D differs; class_means [K,D]: the teacher's; labels [B]: int64, 0 to K-1.
     Returns: a scalar, 0 to 2. Raises: ValueError (shapes do not fit), IndexError (label, on CPU).
     Weight: 1 to begin with (paper: 0.5 to 4); nd starts near 0.6. Reference: arXiv 2305.17007.
     """
@@ -101,9 +101,9 @@ def dkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, labels:
     """Decoupled KD: T^2 (alpha TCKD + beta NCKD), mean over the batch.
 
     TCKD: KL divergence of two probabilities (true class, all others). NCKD: of the others alone,
-    scaled to sum 1; KD weights it by the teacher's probability of the others, often tiny.
+    scaled to sum 1; KD multiplies it by the teacher's probability of the others, often tiny.
     Args, Returns, Raises: as `kd_loss`; labels [B]: 0 to K-1; alpha, beta >= 0.
-    Default weights: alpha 1, beta 8, as published for most pairs. Reference: arXiv 2203.08679.
+    Default weights: alpha 1, beta 8, published for most CIFAR pairs. Reference: arXiv 2203.08679.
     """
     s, t, labels = student_logits, teacher_logits.detach(), labels.long()
     if s.dim() != 2 or s.shape != t.shape or temperature <= 0:
@@ -158,7 +158,7 @@ def hcl_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor])
 
     Args: student_maps, teacher_maps: one [B,C,H,W] a level. Pooled sizes: those of 4, 2, 1 below H.
     Returns: a scalar: mean over sizes, sum over levels. Raises: ValueError (number, shape of maps).
-    Default weight: 5, as published for most pairs. Reference: arXiv 2104.09044.
+    Default weight: 5, published for most CIFAR pairs. Reference: arXiv 2104.09044.
     """
     total = 0.0
     for s, t in zip(student_maps, teacher_maps, strict=True):

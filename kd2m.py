@@ -36,6 +36,7 @@ Differences from the paper and its code (--recipe paper: the code's pair, schedu
 """
 
 import argparse
+import copy
 import math
 import sys
 import timeit
@@ -88,12 +89,8 @@ def w2_empirical(student_emb: torch.Tensor, teacher_emb: torch.Tensor) -> torch.
     return (s - t[p]).square().sum(1).mean()  # min_p mean_i |s_i - t_p(i)|^2
 
 
-def cw2_empirical(
-    student_emb: torch.Tensor,
-    teacher_emb: torch.Tensor,
-    labels: torch.Tensor,
-    reduction: str = "mean",
-) -> torch.Tensor:
+def cw2_empirical(student_emb: torch.Tensor, teacher_emb: torch.Tensor, labels: torch.Tensor,
+                  reduction: str = "mean") -> torch.Tensor:  # fmt: skip
     """Class-conditional w2_empirical: an assignment within each class. Default weight: 0.03.
 
     Args: student_emb, teacher_emb [B,D]; labels [B]; reduction over the C classes present: "mean",
@@ -114,13 +111,9 @@ def cw2_empirical(
     return (weight * (sums / size[:, None]).sum(1)).sum()
 
 
-def jw2_empirical(
-    student_emb: torch.Tensor,
-    teacher_emb: torch.Tensor,
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    beta: float = 1.0,
-) -> torch.Tensor:
+def jw2_empirical(student_emb: torch.Tensor, teacher_emb: torch.Tensor,
+                  student_logits: torch.Tensor, teacher_logits: torch.Tensor,
+                  beta: float = 1.0) -> torch.Tensor:  # fmt: skip
     """Joint w2_empirical: one assignment for features and logits, with gradient to both.
 
     Args: student_emb, teacher_emb [B,D]; student_logits, teacher_logits [B,K]; beta >= 0: weight
@@ -170,13 +163,8 @@ def w2_gaussian(
     return (gap + traces - 2 * _nuclear_norm(a @ b.T) / len(a)).to(student_emb.dtype)
 
 
-def cw2_gaussian(
-    student_emb: torch.Tensor,
-    teacher_emb: torch.Tensor,
-    labels: torch.Tensor,
-    reduction: str = "mean",
-    cov: str = "diag",
-) -> torch.Tensor:
+def cw2_gaussian(student_emb: torch.Tensor, teacher_emb: torch.Tensor, labels: torch.Tensor,
+                 reduction: str = "mean", cov: str = "diag") -> torch.Tensor:  # fmt: skip
     """Class-conditional w2_gaussian: moments within each class. Default weight: 0.03.
 
     Args, Returns, Raises, Reference: see `cw2_empirical` and `w2_gaussian`.
@@ -218,12 +206,8 @@ def _floored_moments(s, t, floor):
     return mean_s, torch.maximum(var_s, least), mean_t, torch.maximum(var_t, least)
 
 
-def kl_gaussian(
-    student_emb: torch.Tensor,
-    teacher_emb: torch.Tensor,
-    direction: str = "student",
-    floor: float = 1e-3,
-) -> torch.Tensor:
+def kl_gaussian(student_emb: torch.Tensor, teacher_emb: torch.Tensor, direction: str = "student",
+                floor: float = 1e-3) -> torch.Tensor:  # fmt: skip
     """KL divergence of the two diagonal Gaussians that have the features' moments.
 
     Args: student_emb, teacher_emb [B,D], B >= 2; direction: "student" KL(S || T) (published code),
@@ -285,13 +269,8 @@ def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
 
 
 # From here to METRICS: additions of ours, not in the paper.
-def sinkhorn(
-    student_emb: torch.Tensor,
-    teacher_emb: torch.Tensor,
-    reg: float = 0.1,
-    tolerance: float = 1e-2,
-    iterations: int = 100,
-) -> torch.Tensor:
+def sinkhorn(student_emb: torch.Tensor, teacher_emb: torch.Tensor, reg: float = 0.1,
+             tolerance: float = 1e-2, iterations: int = 100) -> torch.Tensor:  # fmt: skip
     """Debiased Sinkhorn divergence: near w2_empirical for a small reg, mmd_linear for a large one.
 
     Args: student_emb, teacher_emb [B,D]; reg: weight of the entropy, as a share of the mean cost;
@@ -318,12 +297,8 @@ def sinkhorn(
     return (ot[0] - ot[1] / 2 - ot[2] / 2).to(s.dtype)  # OT(S, T) - OT(S, S) / 2 - OT(T, T) / 2
 
 
-def sliced_w2(
-    student_emb: torch.Tensor,
-    teacher_emb: torch.Tensor,
-    projections: int = 128,
-    seed: int | None = None,
-) -> torch.Tensor:
+def sliced_w2(student_emb: torch.Tensor, teacher_emb: torch.Tensor, projections: int = 128,
+              seed: int | None = None) -> torch.Tensor:  # fmt: skip
     """Mean of the squared W2 of the features' projections on random directions.
 
     Args: student_emb, teacher_emb [B,D]; projections: number of directions; seed: of the
@@ -425,12 +400,13 @@ def distill(args) -> dict:
 
     # The projector is trained beside the student and discarded after training.
     projector = nn.Identity()
-    if teacher and args.metric_weight:
+    if teacher and (args.metric_weight or args.plot):
         if args.projector == "linear":
             projector = nn.Linear(student.embed_dim, teacher.embed_dim, bias=False)
-        elif student.embed_dim != teacher.embed_dim and args.metric != "gromov_w2":
+        elif student.embed_dim != teacher.embed_dim and (args.metric != "gromov_w2" or args.plot):
+            flag = "--plot" if args.metric == "gromov_w2" else f"--metric {args.metric}"
             dims = f"feature dimensions {student.embed_dim} and {teacher.embed_dim} differ"
-            raise common.UserError(f"--metric {args.metric}: {dims}; add --projector linear")
+            raise common.UserError(f"{flag}: {dims}; add --projector linear")
 
     # The teacher's weights: from a file, or trained first by this very function. Frozen from here.
     if teacher:
@@ -438,6 +414,7 @@ def distill(args) -> dict:
 
     student = student.to(data.device, memory_format=torch.channels_last)
     projector = projector.to(data.device)
+    at_start = copy.deepcopy((student, projector)) if args.plot else None
     trained = [*student.parameters(), *projector.parameters()]
     optimizer = common.sgd_or_adamw(args, trained)
     run.start(student=student, projector=projector, optimizer=optimizer, teacher=teacher)
@@ -487,26 +464,29 @@ def distill(args) -> dict:
         run.end_epoch(test_top1=common.evaluate(student, data, args))
 
     if args.plot:
-        draw_features(data, student, projector, teacher, run.dir / "features.png")
+        at_end = student.eval(), projector.eval()
+        draw_features(data, at_start, at_end, teacher, run.dir / "features.png")
     return run.finish()
 
 
 @torch.no_grad()
-def draw_features(data, student, projector, teacher, path) -> None:
-    """Features of ten classes' test images in the plane of the teacher's principal components."""
-    images, labels = data.test_batch(per_class=50, classes=10)
+def draw_features(data, at_start, at_end, teacher, path) -> None:
+    """Both sets of features of 200 test images, before and after training, in the plane of the
+    teacher's two principal components. Lines: w2_empirical's assignment, for every fourth image."""
+    images, _ = data.test_batch(per_class=20, classes=10)
     t = teacher(images, return_features=True)[1].embedding  # [B,D]
-    s = projector.eval()(student.eval()(images, return_features=True)[1].embedding)
-    same = s.shape == t.shape  # else each in a plane of its own
-    figure, axes = common.pyplot().subplots(1, 2, figsize=(11, 5), sharex=same, sharey=same)
-    for axis, name, x in zip(axes, ("teacher", "student"), (t, s)):
-        basis = t if same else x
-        plane = torch.linalg.svd(basis - basis.mean(0), full_matrices=False)[2][:2]  # [2,D]
-        points = ((x - basis.mean(0)) @ plane.T).cpu()  # [B,2]
-        for k in labels.unique().tolist():
-            axis.scatter(*points[labels.cpu() == k].T, s=8, label=" " + data.classes[k])
-        axis.set_title(name)
-    axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    plane = torch.linalg.svd(t - t.mean(0), full_matrices=False)[2][:2]  # [2,D]
+    figure, axes = common.pyplot().subplots(1, 2, figsize=(11, 5), sharex=True, sharey=True)
+    columns = zip(axes, ("before training", "after training"), (at_start, at_end))
+    for axis, title, (student, projector) in columns:
+        s = projector(student(images, return_features=True)[1].embedding)
+        _, p = linear_sum_assignment(_square_distances(s, t).cpu().numpy())  # [B]
+        pairs = (torch.stack([s, t[p]]) - t.mean(0)) @ plane.T  # [2,B,2]
+        axis.plot(*pairs[:, ::4].permute(2, 0, 1).cpu(), color="gray", linewidth=0.8)
+        axis.plot(*pairs[0].T.cpu(), "^", color="#0072B2", markersize=5, label="student")
+        axis.plot(*pairs[1].T.cpu(), "o", color="#D55E00", markersize=5, label="teacher")
+        axis.set_title(title)
+    axes[0].legend()
     common.save_figure(figure, path)
 
 
@@ -598,7 +578,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.bench_metrics:
         return bench_metrics(args)
-    ce = dict(method="CE", ce_weight=1.0, metric_weight=0.0, kd_weight=0.0)
+    ce = dict(method="CE", ce_weight=1.0, metric_weight=0.0, kd_weight=0.0, plot=False)
     kd = ce | dict(method="KD", kd_weight=1.0)
     # The control: mse as the metric, at the same weight where the scale is the same.
     same_scale = args.metric in ("w2_empirical", "cw2_empirical")

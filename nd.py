@@ -12,7 +12,7 @@ s comes out of a projector if the dimensions differ) and e = class_means[y] / |c
     nd   = mean_i [ 1 - (s . e) / max(|s|, |t|) ]  =  mean_i [ 1 - cos(s, e) * min(1, |s|/|t|) ]
     loss = ce_weight * ce + warm_up * kd_weight * base + nd_weight * nd
 
-ce: cross-entropy; base: KD, DKD, DIST or ReviewKD; warm_up: 0 to 1. Ablations: nd is replaced by
+ce: cross-entropy; base: KD, DKD, DIST or ReviewKD; warm_up grows to 1. Ablations: nd is replaced by
 direction = mean_i [ 1 - cos(s, e) ] and/or norm = mean_i [ relu(1 - |s|/|t|) ] (this one ours).
 
     python nd.py --teacher resnet56 --student resnet20          # CIFAR-100, the paper's recipe
@@ -20,16 +20,16 @@ direction = mean_i [ 1 - cos(s, e) ] and/or norm = mean_i [ relu(1 - |s|/|t|) ] 
     python nd.py --dataset imagenet --data-dir imagenet --pretrained-teacher
     python nd.py --dataset shapes --teacher resnet14 --student resnet8 --epochs 4 --batch-size 64
 
-Measured: CIFAR-100, resnet56 (72.6 %) -> resnet20, all images, 24 epochs in the recipe of `sp.py`,
-top-1 % of the last epoch, mean ± standard deviation over n = 3 seeds: CE 61.38 ± 0.22, KD 63.71 ±
-0.21, KD++ 64.91 ± 0.54. What the method gains in 240 epochs was not measured.
+Measured: CIFAR-100, resnet56 (72.6 %) -> resnet20, 24 epochs with the optimizer of `sp.py`, top-1 %
+of the last epoch, mean ± standard deviation over n = 3 seeds: CE 61.38 ± 0.22, KD 63.71 ± 0.21
+(without warm-up), KD++ 64.91 ± 0.54. What the method gains in 240 epochs was not measured.
 
 Differences from the paper's code:
  1. Class means: clean images, summed in float64 (there: augmented images, rounded to 4 decimals).
  2. Where |s| and |t| are both below 1e-7, nd is 1 and its gradient 0 (there: 0/0).
  3. The result is that of the last epoch (there: of the epoch that is best on the test set).
- 4. Classifiers start as in PyTorch (there: from N(0, 0.01^2); a projector resets them in part, and
-    ReviewKD++ the bias to 0). A teacher trained here gets this recipe (there: that of `sp.py`).
+ 4. Classifiers start as PyTorch's Linear (there: from N(0, 0.01^2), partly overwritten if there is
+    a projector or ReviewKD++). A teacher trained here gets this recipe (there: that of `sp.py`).
  5. ND has no warm-up with any base loss (there: with DKD on ImageNet it has one).
  6. On one device BatchNorm sees the whole batch (there, on CIFAR: half of it on each GPU).
 """
@@ -50,8 +50,8 @@ def nd_loss(student_emb: torch.Tensor, teacher_emb: torch.Tensor, class_means: t
             labels: torch.Tensor) -> torch.Tensor:  # fmt: skip
     """Norm and direction: mean of 1 - s.e / max(|s|, |t|), with e the direction of the class mean.
 
-    Args: student_emb, teacher_emb [B,D]: inputs of the classifiers, the student's projected first
-        if its dimension differs; class_means [K,D]: the teacher's; labels [B]: int64, 0 to K-1.
+    Args: student_emb, teacher_emb [B,D]: inputs of the classifiers, the student's out of a trained
+        projector if its D differs; class_means [K,D]: the teacher's; labels [B]: int64, 0 to K-1.
     Returns: a scalar, 0 to 2. Raises: ValueError (shapes do not fit), IndexError (label, on CPU).
     Weight: 1 to begin with (paper: 0.5 to 4); nd starts near 0.6. Reference: arXiv 2305.17007.
     """
@@ -104,9 +104,9 @@ def dkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, labels:
     """Decoupled KD: T^2 (alpha TCKD + beta NCKD), mean over the batch.
 
     TCKD: KL divergence of two probabilities (true class, all others). NCKD: of the others alone,
-    scaled to sum 1; KD weights it by the teacher's probability of the others, often tiny.
+    scaled to sum 1; KD multiplies it by the teacher's probability of the others, often tiny.
     Args, Returns, Raises: as `kd_loss`; labels [B]: 0 to K-1; alpha, beta >= 0.
-    Default weights: alpha 1, beta 8, as published for most pairs. Reference: arXiv 2203.08679.
+    Default weights: alpha 1, beta 8, published for most CIFAR pairs. Reference: arXiv 2203.08679.
     """
     s, t, labels = student_logits, teacher_logits.detach(), labels.long()
     if s.dim() != 2 or s.shape != t.shape or temperature <= 0:
@@ -181,7 +181,7 @@ def hcl_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor])
 
     Args: student_maps, teacher_maps: one [B,C,H,W] a level. Pooled sizes: those of 4, 2, 1 below H.
     Returns: a scalar: mean over sizes, sum over levels. Raises: ValueError (number, shape of maps).
-    Default weight: 5, as published for most pairs. Reference: arXiv 2104.09044.
+    Default weight: 5, published for most CIFAR pairs. Reference: arXiv 2104.09044.
     """
     total = 0.0
     for s, t in zip(student_maps, teacher_maps, strict=True):
@@ -197,19 +197,19 @@ def hcl_loss(student_maps: list[torch.Tensor], teacher_maps: list[torch.Tensor])
 
 @torch.no_grad()
 def compute_class_means(teacher: torch.nn.Module, batches, num_classes: int, embed=None):
-    """The teacher's mean embedding of each class, [K,D] float32, for `nd_loss`.
+    """The teacher's mean embedding of each class, [K,D] float32. ValueError: one has no image.
 
-    Args: teacher, put into eval mode; batches: images, labels [B] on its device; embed: a function
-        (teacher, images) -> [B,D], if it has no `return_features`. Raises: ValueError (no image).
+    Args: teacher, put into eval mode; batches: training images, not augmented, and labels [B], on
+        its device; embed: (teacher, images) -> [B,D] for a teacher without `return_features`.
     """
     teacher.eval()
     embed = embed or (lambda network, x: network(x, return_features=True)[1].embedding)
-    sums = counts = 0.0
+    sums = counts = torch.zeros((), dtype=torch.float64)
     for images, labels in batches:
         embedding = embed(teacher, images).cpu().double()
         one_hot = F.one_hot(labels.cpu(), num_classes).double()  # [B,K]
         sums, counts = sums + one_hot.T @ embedding, counts + one_hot.sum(0)  # [K,D], [K]
-    common.sum_over_ranks(sums, counts)  # torchrun: each rank saw its part. In a copy: delete this
+    common.sum_over_ranks(sums, counts)  # each rank saw its part. Copy: delete it, show all images
     if not counts.all():
         raise ValueError(f"class means: no training image of class {int(counts.argmin())}")
     return (sums / counts[:, None]).float().to(labels.device)
@@ -229,7 +229,7 @@ def distill(args: argparse.Namespace) -> dict:
     # Auxiliary modules: trained beside the student, discarded after training.
     auxiliary = torch.nn.ModuleDict({"projector": torch.nn.Identity()})
     if args.plot and student.embed_dim != teacher.embed_dim:
-        raise common.UserError("--plot: only for a pair with embeddings of one dimension")
+        raise common.UserError("--plot: teacher and student need embeddings of equal dimension")
     uses_embedding = args.nd_weight or args.direction_weight or args.norm_weight
     if uses_embedding and student.embed_dim != teacher.embed_dim:
         linear = torch.nn.Linear(student.embed_dim, teacher.embed_dim)
@@ -238,7 +238,7 @@ def distill(args: argparse.Namespace) -> dict:
     base_name = args.base if args.kd_weight else "none"
     needs_maps = base_name == "reviewkd"
     if needs_maps:
-        # Levels: stage outputs (CIFAR teachers': before the ReLU) and, deepest, the embedding, 1x1.
+        # Levels: each stage's map (a CIFAR teacher's: before ReLU), then the embedding as 1x1 map.
         s_channels = [c for c, _, _ in student.stage_shapes] + [student.embed_dim]
         t_channels = [c for c, _, _ in teacher.stage_shapes] + [teacher.embed_dim]
         if not len(s_channels) == len(t_channels) > 1:
@@ -284,12 +284,12 @@ def distill(args: argparse.Namespace) -> dict:
                     teacher_maps = [*teacher_features.preact, teacher_emb[..., None, None]]
                     maps = [m.float() for m in auxiliary["review"](maps, teacher_maps)]
 
-            # Under torchrun losses see the whole batch. all_gather returns float32.
+            # Under torchrun losses see the whole batch. all_gather turns bf16 to float32.
             logits, student_emb, labels = run.all_gather(logits, student_emb, labels)
             if asks_teacher:
                 teacher_logits, teacher_emb = run.all_gather(teacher_logits, teacher_emb)
 
-            # Losses. A term of weight 0 is not computed: it stays 0.0 and is not logged.
+            # Losses. But for ce, a term of weight 0 is not computed: it is 0.0 and is not logged.
             base = 0.0
             if base_name == "kd":
                 base = kd_loss(logits, teacher_logits, temperature)
@@ -314,26 +314,26 @@ def distill(args: argparse.Namespace) -> dict:
             features = teacher_features = maps = teacher_maps = None  # frees the feature maps
         run.end_epoch(test_top1=common.evaluate(student, data, args))
     if args.plot and args.nd_weight:  # not of the baselines, which are trained first
-        draw_norm_and_direction(args, data, teacher, student, means, run.dir / "embeddings.png")
+        draw_norm_and_direction(args, data, teacher, student, means, run.dir)
     return run.finish()
 
 
 @torch.no_grad()
-def draw_norm_and_direction(args, data, teacher, student, means, path) -> None:
-    """What ND changes: length and direction of the embeddings of 50 test images of ten classes."""
-    ce, kd = (common.load_model(args.student, path.parent / x / "student.pt") for x in ("ce", "kd"))
-    networks = {"teacher": teacher, "CE": ce, "KD": kd, args.method: student}
+def draw_norm_and_direction(args, data, teacher, student, means, out) -> None:
+    """What ND changes: length and direction of embeddings; 50 test images of each of 10 classes."""
+    ce, base = (common.load_model(args.student, out / x / "student.pt") for x in ("ce", args.base))
+    networks = {"teacher": teacher, "CE": ce, BASES[args.base]: base, args.method: student}
     images, labels = data.test_batch(per_class=50, classes=10)
     figure, (left, right) = common.pyplot().subplots(1, 2, figsize=(9, 3.5))
     for (name, network), colour in zip(networks.items(), ("black", "gray", "#D55E00", "#0072B2")):
-        s = network.to(data.device).eval()(images, return_features=True)[1].embedding
+        x = network.to(data.device).eval()(images, return_features=True)[1].embedding
         style = dict(bins=30, density=True, histtype="step", linewidth=2, color=colour, label=name)
-        left.hist(s.norm(dim=1).tolist(), **style)
-        right.hist(F.cosine_similarity(s, means[labels]).tolist(), **style)
-    left.set(xlabel="length |s|", ylabel=f"density of {len(labels)} test images")
-    right.set_xlabel("direction: cos(s, class mean of the teacher)")
+        left.hist(x.norm(dim=1).tolist(), **style)
+        right.hist(F.cosine_similarity(x, means[labels]).tolist(), **style)
+    left.set(xlabel="length of the embedding", ylabel=f"density, {len(labels)} test images")
+    right.set_xlabel("cosine to the teacher's class mean (1: same direction)")
     left.legend()
-    common.save_figure(figure, path)
+    common.save_figure(figure, out / "embeddings.png")
 
 
 # fmt: off
@@ -345,8 +345,8 @@ RECIPES = {  # the paper's; warm_up: epochs in which the base loss grows to its 
         milestones=(30, 60, 90), warm_up=5, nesterov=True, weight_decay=1e-4, temperature=1.0),
 }
 BASES = {"kd": "KD", "dkd": "DKD", "dist": "DIST", "reviewkd": "ReviewKD"}
-# Loss weights, one for each pair. "++": with ND, from its paper's code. DKD, ReviewKD: from their
-# authors' code, on ImageNet for its first pair (DKD: MobileNetV1 too). KD, DIST alone: as "++".
+# Loss weights by pair. "++": of the paper's code; DIST++ on ImageNet and ReviewKD++ of a ViT: ours.
+# DKD, ReviewKD: their authors' (ImageNet: for resnet34; DKD: MobileNetV1 too). KD, DIST: as "++".
 PAIRS = [  # six of CIFAR, then six of ImageNet
     "resnet56 resnet20", "resnet32x4 resnet8x4", "wrn_40_2 wrn_40_1", "ResNet50 MobileNetV2",
     "resnet32x4 ShuffleV1", "resnet32x4 ShuffleV2", "resnet34 resnet18", "resnet50 resnet18",
@@ -375,7 +375,7 @@ def parse_args(argv=None, **changes) -> argparse.Namespace:
     add = parser.add_argument_group("method").add_argument
     add("--base", choices=tuple(BASES), default="kd", help="loss to add ND to (default: kd)")
     add("--ce-weight", **weight, default=1.0, help="weight of the cross-entropy (default: 1)")
-    add("--kd-weight", **weight, help="weight of the base loss (default: the paper's)")
+    add("--kd-weight", **weight, help="weight of the base loss (default: the paper's; KD: as KD++)")
     add("--nd-weight", **weight, help="weight of ND (default: the paper's; in an ablation: 0)")
     add("--direction-weight", **weight, default=0.0, help="direction, an ablation (default: 0)")
     add("--norm-weight", **weight, default=0.0, help="norm, an ablation (default: 0)")
@@ -384,7 +384,7 @@ def parse_args(argv=None, **changes) -> argparse.Namespace:
     add("--dkd-beta", **weight, help="DKD: weight of NCKD (default: the paper's)")
     add("--class-means", choices=("clean", "augmented"), default="clean", help="images that class"
         " means are computed on (default: clean)")  # fmt: skip
-    add("--plot", action="store_true", help="draw embeddings.png; trains CE and KD baselines too")
+    add("--plot", action="store_true", help="draw embeddings.png; trains CE and --base alone too")
     common.add_recipe_arguments(parser, RECIPES)
     common.add_run_arguments(parser)
     args = parser.parse_args(argv)
@@ -402,7 +402,7 @@ def parse_args(argv=None, **changes) -> argparse.Namespace:
     weights = {name: value for name, value in weights.items() if getattr(args, name) is None}
     vars(args).update(weights)
     if not changes:
-        print(f"default loss weights, the paper's for {pair.replace(' ', ' -> ')}: {weights}")
+        print(f"default loss weights, those of {pair.replace(' ', ' -> ')}: {weights}")
     if args.plot and not args.nd_weight and not changes:
         raise common.UserError("--plot shows what ND changes: give an --nd-weight")
     if not args.ce_weight and (args.base == "reviewkd" or not args.kd_weight):
@@ -417,13 +417,13 @@ def parse_args(argv=None, **changes) -> argparse.Namespace:
 def main(argv=None) -> dict | list[dict]:
     """What the shell calls: one run, or those of --seeds and --compare. Returns their results."""
     args = parse_args(argv)
-    # Baselines: the same command line without ND. CE, and KD beside another base: default weights.
+    # Baselines: the command line without ND. CE, and KD if --base is another, take default weights.
     off = dict(nd_weight=0.0, direction_weight=0.0, norm_weight=0.0)
     kd = dict(off, base="kd", ce_weight=1.0, kd_weight=None, dkd_alpha=None, dkd_beta=None)
-    base = off if args.kd_weight else off | {"kd_weight": None}  # beside ND alone: its default
+    base = off if args.kd_weight else off | {"kd_weight": None}  # of ND alone: with its default
     runs = {"ce": kd | {"kd_weight": 0.0}, "kd": kd, args.base: base}
     runs = {name: vars(parse_args(argv, **changes)) for name, changes in runs.items()}
-    return common.launch(distill, args, runs, needed=("ce", "kd") if args.plot else ())
+    return common.launch(distill, args, runs, needed=("ce", args.base) if args.plot else ())
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def distill(args) -> dict:
             # sp, cc, kd: of the whole batch, under torchrun too. all_gather returns float32.
             logits, labels = run.all_gather(logits, labels)
 
-            # A term of weight 0 is not computed: it stays 0.0 and is not logged.
+            # But for ce, a term of weight 0 is not computed: it stays 0.0 and is not logged.
             relation = kd = at = 0.0
             ce = F.cross_entropy(logits, labels)
             if args.sp_weight:

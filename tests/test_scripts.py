@@ -644,7 +644,7 @@ ONE = {  # script and arguments -> words of the error
     "sp --relation intra --teacher resnet18": "intra.*1x1",
     "sp --ce-weight 0": "--ce-weight 0",
     "nd --plot --nd-weight 0": "--plot",
-    "nd --plot --student vgg8": "--plot.*one dimension",
+    "nd --plot --student vgg8": "--plot.*equal dimension",
     "sp --plot --sp-weight 0": "--plot",
     "dcd --ce-weight 0": "--ce-weight 0",
     "dcd --embed-dim 1000000000000000000": "--embed-dim.*65536",
@@ -656,6 +656,7 @@ ONE = {  # script and arguments -> words of the error
     "kd2m --metric w2_empirica": "--metric.*w2_empirical",
     "kd2m --ce-weight 0": "--ce-weight 0",
     "kd2m --student wrn_16_2": "128 and 64.*--projector linear",
+    "kd2m --student wrn_16_2 --metric gromov_w2 --plot": "--plot.*--projector linear",
 }
 # A script for each line of the first table, in turn.
 BAD = {f"{SCRIPTS[k % 4]} {line}": words for k, (line, words) in enumerate(EVERY.items())} | ONE
