@@ -208,9 +208,8 @@ def share(count: int) -> slice:
 
 def sum_over_ranks(*tensors: Tensor) -> None:
     """Replace each tensor by its sum over the ranks."""
-    if world() > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+    for tensor in tensors if world() > 1 else ():
+        dist.all_reduce(tensor)
 
 
 def broadcast(tensors) -> None:
@@ -2077,8 +2076,9 @@ def _planned_runs(args, baselines, needed):
             if baselines[name].get("method") != args.method:
                 new = baselines[name] | dict(seed=seed_, out=str(out / name))
                 runs.append(argparse.Namespace(**vars(args) | new))
-    for run in runs[1:] if args.resume else ():  # the first was started first
-        run.resume = (Path(run.out) / ".lock").exists()  # those not reached start now
+    begun = {run.out for run in runs if (Path(run.out) / ".lock").exists()}
+    for run in runs if args.resume and begun else ():  # if none was, the first of them says so
+        run.resume = run.out in begun  # the others start now
     wait_for_all()
     return runs
 

@@ -310,6 +310,7 @@ def draw_embeddings(student, teacher, data, path) -> None:
     for axis, name, network in zip(axes, ("teacher", "student"), (teacher, student)):
         parts = [network.eval()(part, return_features=True)[1] for part in images.split(250)]
         x = torch.cat([features.embedding for features in parts])
+        x = x.nan_to_num().clamp(-1e6, 1e6)  # if the student has diverged
         u, lengths, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
         points = (u * lengths)[:, :2].cpu()  # coordinates along the components
         for k in labels.unique().tolist():

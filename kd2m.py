@@ -480,6 +480,7 @@ def draw_features(data, at_start, at_end, teacher, path) -> None:
     columns = zip(axes, ("before training", "after training"), (at_start, at_end))
     for axis, title, (student, projector) in columns:
         s = projector(student(images, return_features=True)[1].embedding)
+        s = s.nan_to_num()  # not finite: the student has diverged
         _, p = linear_sum_assignment(_square_distances(s, t).cpu().numpy())  # [B]
         pairs = (torch.stack([s, t[p]]) - t.mean(0)) @ plane.T  # [2,B,2]
         axis.plot(*pairs[:, ::4].permute(2, 0, 1).cpu(), color="gray", linewidth=0.8)

@@ -328,8 +328,8 @@ def draw_norm_and_direction(args, data, teacher, student, means, out) -> None:
     for (name, network), colour in zip(networks.items(), ("black", "gray", "#D55E00", "#0072B2")):
         x = network.to(data.device).eval()(images, return_features=True)[1].embedding
         style = dict(bins=30, density=True, histtype="step", linewidth=2, color=colour, label=name)
-        left.hist(x.norm(dim=1).tolist(), **style)
-        right.hist(F.cosine_similarity(x, means[labels]).tolist(), **style)
+        left.hist(x.norm(dim=1).nan_to_num().clamp_max(1e6).tolist(), **style)  # if it diverged
+        right.hist(F.cosine_similarity(x, means[labels]).nan_to_num().tolist(), **style)
     left.set(xlabel="length of the embedding", ylabel=f"density, {len(labels)} test images")
     right.set_xlabel("cosine to the teacher's class mean (1: same direction)")
     left.legend()

@@ -31,7 +31,7 @@ PLAIN["kd2m"] = "--metric-weight 0"
 # Something random in the step, and something trained beside the student where the method has that.
 COMMANDS = {
     "nd": WIDE,  # a projector with dropout
-    "sp": QUICK.replace("--student resnet8", "--student mobilenet_v3_small --relation cc"),
+    "sp": f"{QUICK} --relation cc",
     "dcd": WIDE,  # two heads
     "kd2m": f"{WIDE} --metric sliced_w2 --projector linear",  # random lines
 }
@@ -723,11 +723,11 @@ def test_bf16_trains_on_float32_losses(quick, monkeypatch):
     commands += ["sp --kd-weight 1 --at-weight 1000", "dcd --kd-weight 1", "kd2m --metric mse"]
     for command in commands:
         script, *more = command.split()
-        assert run(script, f"{quick} --precision bf16", *more) == 0
+        assert run(script, f"{quick} --batch-size 48 --precision bf16", *more) == 0
         assert all(np.isfinite(value) for value in lines("o")[0].values())
         assert all(v.dtype != torch.bfloat16 for v in weights("o/student.pt").values())
         with mock.patch("torch.nn.ModuleList.bfloat16") as rounded:  # the teacher stays float32
-            assert run(script, f"{quick}/p --precision bf16", *more) == 0
+            assert run(script, f"{quick}/p --batch-size 48 --precision bf16", *more) == 0
         rounded.assert_called_once()
         assert same(weights("o/student.pt"), weights("o/p/student.pt"))
     assert {x.dtype for call in spy.call_args_list for x in call.args[:2]} == {torch.float32}
@@ -797,13 +797,13 @@ def test_plots(quick, monkeypatch, capsys):
     for path in ("o/dcd/student.pt", "teacher.pth"):
         net, rows = common.load_model("resnet8", path).eval(), {k: [] for k in range(24)}
         for images, labels in helpers.shapes(train_size=48).batches("test", 1):
-            with torch.no_grad():
-                z = net(images)[0].double().numpy()
+            z = net(images)[0].detach().double().numpy()
             rows[labels.item()].append((z - z.mean()) / z.std())
         relations.append(np.array([np.mean(rows[k], axis=0) for k in range(24)]))
     gap = np.abs(relations[0] - relations[1])
     np.fill_diagonal(gap, 0)
     assert result("o/dcd")["correlation_gap"] == pytest.approx(gap.mean(), abs=2e-4)
+    assert run("nd", f"{quick}/p --lr 200") == run("nd", f"{quick}/p --lr 200 --plot --resume") == 0
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     for script in files:
         assert run(script, f"{quick}/new-{script} --plot") == 2
