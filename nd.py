@@ -53,7 +53,7 @@ def nd_loss(student_emb: torch.Tensor, teacher_emb: torch.Tensor, class_means: t
     Args: student_emb, teacher_emb [B,D]: inputs of the classifiers, the student's out of a trained
         projector if its D differs; class_means [K,D]: the teacher's; labels [B]: int64, 0 to K-1.
     Returns: a scalar, 0 to 2. Raises: ValueError (shapes do not fit), IndexError (label, on CPU).
-    Weight: 1 to begin with (paper: 0.5 to 4); nd starts near 0.6. Reference: arXiv 2305.17007.
+    Weight: 1 to begin with (paper: 0.5 to 4): nd starts below 1. Reference: arXiv 2305.17007.
     """
     s, t = student_emb, teacher_emb.detach()  # [B,D]
     e = F.normalize(class_means.detach(), dim=1).index_select(0, labels)  # [B,D]
